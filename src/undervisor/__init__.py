@@ -1,0 +1,3 @@
+"""Undervisor: the hypervisor under your hypervisor."""
+
+__version__ = "0.1.0"

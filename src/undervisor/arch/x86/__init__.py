@@ -1,0 +1,1 @@
+"""What both vendors share: registers, MSRs, CPUID, segments, paging and events."""

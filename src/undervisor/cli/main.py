@@ -1,0 +1,74 @@
+"""`undervisor`: gathers the verbs and turns every failure into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+import typer
+
+from undervisor import __version__
+from undervisor.errors import ExitCode, UndervisorError
+
+VERBS: dict[str, str] = {
+    # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
+}
+
+
+def _app() -> typer.Typer:
+    """The application with every verb of `VERBS`."""
+    app = typer.Typer(
+        name="undervisor",
+        help="The hypervisor under your hypervisor.",
+        epilog="Exit codes: 0 good, 1 a negative verdict, 2 bad input, 4 the guest died, "
+        "6 timed out, 8 the silicon died, 10 a bug of ours; `run` adds the guest's own odd codes.",
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    for verb, module in VERBS.items():
+        command = importlib.import_module(f"undervisor.cli.{module}")
+        member = getattr(command, verb.replace("-", "_"))
+        if isinstance(member, typer.Typer):
+            app.add_typer(member, name=verb)
+        else:
+            app.command(name=verb)(member)
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+        debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
+    ) -> None:
+        """The hypervisor under your hypervisor."""
+
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; never returns, always leaves with a documented exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words == ["--version"]:
+        print(f"undervisor {__version__}")
+        sys.exit(ExitCode.OK)
+    debug = "--debug" in words
+    try:
+        _app()(args=[word for word in words if word != "--debug"], prog_name="undervisor")
+    except UndervisorError as error:
+        _explain(error.message, error.hint, debug)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        _explain(
+            f"{type(error).__name__}: {error}",
+            "this is a bug of undervisor; --debug shows the traceback to report",
+            debug,
+        )
+        sys.exit(ExitCode.INTERNAL_ERROR)
+
+
+def _explain(message: str, hint: str, debug: bool) -> None:
+    """One message on stderr; the traceback only where it was asked for."""
+    if debug:
+        traceback.print_exc()
+    print(f"undervisor: {message}" + (f"\n  hint: {hint}" if hint else ""), file=sys.stderr)
