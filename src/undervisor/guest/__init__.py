@@ -1,0 +1,1 @@
+"""What runs inside a machine: assembled code, images and how they start, the probe."""
