@@ -1,0 +1,40 @@
+"""Which machine an operator means: one of the four ways to name it."""
+
+from __future__ import annotations
+
+from undervisor.errors import BadInput
+from undervisor.host.access.agent import AgentHost
+from undervisor.host.access.live import LiveHost
+from undervisor.host.access.protocol import Host
+from undervisor.host.access.recorded import RecordedHost
+from undervisor.host.access.ssh import SshHost, ssh_command
+
+
+def open_host(
+    host: str = "", recording: str = "", guest: str = "", ssh_config: str = "", root: str = ""
+) -> Host:
+    """This machine, `user@name` over SSH, a recording, a libvirt guest or a root folder.
+
+    Raises BadInput where more than one is named or the one named can't be reached.
+    """
+    if sum(map(bool, (host, recording, guest, root))) > 1:
+        raise BadInput("name one machine: a host, a guest, a recording or a root folder")
+    if recording:
+        return RecordedHost(recording)
+    if host:
+        remote = SshHost(host, ssh_command(host, ssh_config))
+        _greet(remote)
+        return remote
+    if guest:
+        agent = AgentHost(guest)
+        agent.greet()
+        return agent
+    return LiveHost(root or "/")
+
+
+def _greet(remote: SshHost) -> None:
+    try:
+        remote.greet()
+    except BadInput:
+        remote.close()
+        raise

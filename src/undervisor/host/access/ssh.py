@@ -1,0 +1,184 @@
+"""A machine over SSH: one connection of the system's own `ssh`, one `sh` at its other end.
+
+Answers are framed by random words, so banners and start-up noise do no harm; a machine that hangs
+or floods costs a bounded time and a bounded memory, and what it did not say is unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import selectors
+import subprocess
+import time
+from collections.abc import Sequence
+
+from undervisor.errors import BadInput
+from undervisor.host.access.process import environment, kill_group
+from undervisor.host.access.shell import ShellHost
+from undervisor.host.fact import Fact, Known, Unknown
+
+CONNECT_SECONDS = 15
+_RESTARTS = 3
+_NAME = re.compile(
+    r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}@)?[A-Za-z0-9_\[][A-Za-z0-9_.:%\]-]{0,252}"
+)
+_PREPARE = "LC_ALL=C; export LC_ALL; PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin; exec 3>&1\n"
+
+
+def ssh_command(destination: str, config: str = "") -> list[str]:
+    """The argument vector of `ssh`; BadInput where `destination` could be taken for an option."""
+    if not _NAME.fullmatch(destination):
+        raise BadInput(f"{destination!r} is not user@name", hint="ports and keys: ~/.ssh/config")
+    options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}"]
+    options += ["ServerAliveInterval=5", "ServerAliveCountMax=3"]
+    words = [word for option in options for word in ("-o", option)]
+    return ["ssh", "-T", *(["-F", config] if config else []), *words, "--", destination, "sh"]
+
+
+class SshHost(ShellHost):
+    """A shell at the end of a pipe; `command` starts it (for SSH, see `ssh_command`)."""
+
+    def __init__(self, name: str, command: Sequence[str], connect: float = CONNECT_SECONDS) -> None:
+        self.name = name
+        self._command = list(command)
+        self._connect = connect
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+
+    def greet(self) -> None:
+        """Make sure that there is a shell; BadInput says why not."""
+        fact = self.execute("uname -s", self._connect, 4096)
+        if not isinstance(fact, Known):
+            why = fact.why if isinstance(fact, Unknown) else str(fact)
+            raise BadInput(f"cannot work on {self.name}: {why}", hint=f"try: ssh {self.name} uname")
+
+    def execute(self, script: str, timeout: float, limit: int) -> Fact[tuple[int, bytes, bytes]]:
+        """Send one framed request and read its frame."""
+        if self._process is None or self._process.poll() is not None:
+            trouble = self._start()
+            if trouble:
+                return trouble
+        assert self._process is not None
+        word = secrets.token_hex(16)
+        try:
+            return self._exchange(_request(script, word), word, timeout, limit)
+        except (OSError, ValueError) as error:
+            why = self._last_words() or str(error)
+            self._end()
+            return Unknown(self.name, why)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._end()
+
+    def _start(self) -> Unknown | None:
+        self._end()
+        if self._starts > _RESTARTS:
+            return Unknown(self.name, "the connection broke too often")
+        self._starts += 1
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(),
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Unknown(self.name, f"{self._command[0]}: {error.strerror}")
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+        try:
+            self._write(_PREPARE.encode())
+        except OSError:
+            return Unknown(self.name, self._last_words() or "the connection closed at once")
+        return None
+
+    def _write(self, raw: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(raw)
+        self._process.stdin.flush()
+
+    def _exchange(
+        self, request: bytes, word: str, timeout: float, limit: int
+    ) -> Fact[tuple[int, bytes, bytes]]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        self._write(request)
+        begin, end, done = (f"\n{tag} {word}".encode() for tag in ("BEGIN", "END", "DONE"))
+        said = bytearray()
+        number = self._process.stdout.fileno()
+        deadline = time.monotonic() + timeout
+        seen = 0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while said.find(done, max(0, seen - len(done))) < 0:
+                seen = len(said)
+                left = deadline - time.monotonic()
+                if left <= 0 or len(said) > 2 * limit + (1 << 20):
+                    why = "no answer in time" if left <= 0 else "it says far too much"
+                    self._end()
+                    return Unknown(self.name, why, code="ETIMEDOUT" if left <= 0 else "EFBIG")
+                if not selector.select(left):
+                    continue
+                piece = os.read(number, 1 << 16)
+                if not piece:
+                    raise OSError("the connection closed")
+                said += piece
+        return _parse(bytes(said), begin, end, done, self.name)
+
+    def _last_words(self) -> str:
+        """What ssh itself had to say."""
+        if self._process is None or self._process.stderr is None:
+            return ""
+        try:
+            self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return ""
+        raw = self._process.stderr.read() or b""
+        lines = [line for line in raw.decode("utf-8", "replace").splitlines() if line.strip()]
+        return re.sub(r"[^\x20-\x7e]", "?", lines[-1])[:200] if lines else ""
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        kill_group(self._process)
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:
+                pass
+        self._process = None
+
+
+def _request(script: str, word: str) -> bytes:
+    """`script` with its stdout, status and stderr framed; the word is sent in two halves, so that
+    an echo of the request is not an answer."""
+    halves = f"{word[:16]} {word[16:]}"
+    text = f"""
+printf '\\nBEGIN %s%s\\n' {halves}
+e=$( {{ {script}
+}} 2>&1 1>&3 3>&- </dev/null ); s=$?
+printf '\\nEND %s%s %s\\n%s\\nDONE %s%s\\n' {halves} "$s" "$e" {halves}
+"""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _parse(
+    said: bytes, begin: bytes, end: bytes, done: bytes, source: str
+) -> Fact[tuple[int, bytes, bytes]]:
+    start, stop = said.find(begin), said.rfind(end)
+    if start < 0 or stop < start:
+        return Unknown(source, "its answer is not framed")
+    out = said[start + len(begin) + 1 : stop]
+    rest = said[stop + len(end) : said.rfind(done)]
+    head, _, err = rest.partition(b"\n")
+    if not head.strip().isdigit():
+        return Unknown(source, "its answer is not framed")
+    return Known((int(head), out, err), source)
