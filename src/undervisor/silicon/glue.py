@@ -1,0 +1,421 @@
+"""The native glue, written as LLVM IR and compiled at start-up.
+
+It holds what cannot be Python.  Delivering an event through the guest's IDT may end in a `longjmp`
+of the emulator, which must not cross Python's frames; moving a processor's state between the
+running CPU and a VMCB is on the path of every switch between levels; counting executed blocks is
+on the path of every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from undervisor.arch.svm.vmcb import VmcbField as V
+from undervisor.silicon.layout import (
+    CPU_EXCEPTION_INDEX,
+    HFLAGS2_GIF,
+    HFLAGS2_NESTED_PAGING,
+    NESTED_PAGING_LONG_NX,
+    SEGMENT_BASE,
+    SEGMENT_FLAGS,
+    SEGMENT_LIMIT,
+    SEGMENT_SELECTOR,
+    Env,
+    Hflags,
+)
+
+# Exit codes of the silicon that AMD does not define: what it has hooks for, but no intercept.
+EXIT_SYSCALL = 0x3F0
+EXIT_SYSENTER = 0x3F1
+EXIT_BUDGET = 0x3F2
+EXIT_IOIO = 0x7B
+EXIT_XSETBV = 0x8D
+
+# What VMRUN loads and #VMEXIT saves: VMCB offset, state offset, width in bits.
+_CONTROLS = (
+    (V.INTERCEPT_CR_READ, Env.INTERCEPT_CR_READ, 16),
+    (V.INTERCEPT_CR_WRITE, Env.INTERCEPT_CR_WRITE, 16),
+    (V.INTERCEPT_DR_READ, Env.INTERCEPT_DR_READ, 16),
+    (V.INTERCEPT_DR_WRITE, Env.INTERCEPT_DR_WRITE, 16),
+    (V.INTERCEPT_EXCEPTIONS, Env.INTERCEPT_EXCEPTIONS, 32),
+    (V.INTERCEPT_WORD3, Env.INTERCEPT, 64),
+    (V.N_CR3, Env.NESTED_CR3, 64),
+)
+_WORLD = (
+    (V.GDTR_BASE, Env.GDTR + SEGMENT_BASE, 64),
+    (V.GDTR_LIMIT, Env.GDTR + SEGMENT_LIMIT, 32),
+    (V.IDTR_BASE, Env.IDTR + SEGMENT_BASE, 64),
+    (V.IDTR_LIMIT, Env.IDTR + SEGMENT_LIMIT, 32),
+    (V.EFER, Env.EFER, 64),
+    (V.CR0, Env.CR0, 64),
+    (V.CR2, Env.CR2, 64),
+    (V.CR3, Env.CR3, 64),
+    (V.CR4, Env.CR4, 64),
+    (V.DR6, Env.DR6, 64),
+    (V.DR7, Env.DR7, 64),
+    (V.RIP, Env.RIP, 64),
+    (V.RSP, Env.REGS + 8 * 4, 64),
+    (V.RAX, Env.REGS, 64),
+)
+_WORLD_SEGMENTS = (
+    (V.ES_SELECTOR, Env.ES),
+    (V.CS_SELECTOR, Env.CS),
+    (V.SS_SELECTOR, Env.SS),
+    (V.DS_SELECTOR, Env.DS),
+)
+# What VMLOAD loads and VMSAVE saves.
+_EXTRA = (
+    (V.KERNEL_GS_BASE, Env.KERNEL_GS_BASE, 64),
+    (V.STAR, Env.STAR, 64),
+    (V.LSTAR, Env.LSTAR, 64),
+    (V.CSTAR, Env.CSTAR, 64),
+    (V.SFMASK, Env.SFMASK, 64),
+    (V.SYSENTER_CS, Env.SYSENTER_CS, 32),
+    (V.SYSENTER_ESP, Env.SYSENTER_ESP, 64),
+    (V.SYSENTER_EIP, Env.SYSENTER_EIP, 64),
+)
+_EXTRA_SEGMENTS = (
+    (V.FS_SELECTOR, Env.FS),
+    (V.GS_SELECTOR, Env.GS),
+    (V.TR_SELECTOR, Env.TR),
+    (V.LDTR_SELECTOR, Env.LDTR),
+)
+_CONDITION_CODES = 0x8D5
+_DIRECTION = 0x400
+_CC_OP_EFLAGS = 1
+
+
+class _Body:
+    """Writes the straight-line body of one IR function, a line per value."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._count = 0
+
+    def value(self, operation: str) -> str:
+        """Append an operation that gives a value; returns the value's name."""
+        self._count += 1
+        self.lines.append(f"  %v{self._count} = {operation}")
+        return f"%v{self._count}"
+
+    def load(self, base: str, offset: int, bits: int) -> str:
+        pointer = self.value(f"getelementptr i8, ptr {base}, i64 {offset}")
+        return self.value(f"load i{bits}, ptr {pointer}")
+
+    def store(self, base: str, offset: int, bits: int, value: str) -> None:
+        pointer = self.value(f"getelementptr i8, ptr {base}, i64 {offset}")
+        self.lines.append(f"  store i{bits} {value}, ptr {pointer}")
+
+    def widen(self, value: str, bits: int, to: int) -> str:
+        return self.value(f"zext i{bits} {value} to i{to}")
+
+    def narrow(self, value: str, bits: int, to: int) -> str:
+        return self.value(f"trunc i{bits} {value} to i{to}")
+
+    def bit(self, value: str, bits: int, position: int) -> str:
+        """Bit `position` of a value, as an i32 that is 0 or 1."""
+        shifted = self.value(f"lshr i{bits} {value}, {position}")
+        if bits == 64:
+            shifted = self.narrow(shifted, 64, 32)
+        return self.value(f"and i32 {shifted}, 1")
+
+    def both(self, operation: str, left: str, right: str, bits: int = 32) -> str:
+        return self.value(f"{operation} i{bits} {left}, {right}")
+
+    def place(self, into: str, bit: str, position: int) -> str:
+        """`into | bit << position`."""
+        return self.both("or", into, self.value(f"shl i32 {bit}, {position}"))
+
+    def move(self, source: str, target: str, moves: Any, *, to_state: bool) -> None:
+        """Copy scalar fields between a VMCB and the state."""
+        for vmcb, env, bits in moves:
+            come, go = (vmcb, env) if to_state else (env, vmcb)
+            self.store(target, go, bits, self.load(source, come, bits))
+
+    def load_segment(self, vmcb: int, env: int) -> None:
+        """Segment register from the VMCB: 12 attribute bits become descriptor flags."""
+        self.store(
+            "%env",
+            env + SEGMENT_SELECTOR,
+            32,
+            self.widen(self.load("%vmcb", vmcb, 16), 16, 32),
+        )
+        attributes = self.widen(self.load("%vmcb", vmcb + 2, 16), 16, 32)
+        low = self.value(f"shl i32 {self.both('and', attributes, '255')}, 8")
+        high = self.value(f"shl i32 {self.both('and', attributes, '3840')}, 12")
+        self.store("%env", env + SEGMENT_FLAGS, 32, self.both("or", low, high))
+        self.store("%env", env + SEGMENT_LIMIT, 32, self.load("%vmcb", vmcb + 4, 32))
+        self.store("%env", env + SEGMENT_BASE, 64, self.load("%vmcb", vmcb + 8, 64))
+
+    def save_segment(self, vmcb: int, env: int) -> None:
+        """Segment register to the VMCB."""
+        selector = self.narrow(self.load("%env", env + SEGMENT_SELECTOR, 32), 32, 16)
+        self.store("%vmcb", vmcb, 16, selector)
+        flags = self.load("%env", env + SEGMENT_FLAGS, 32)
+        low = self.both("and", self.value(f"lshr i32 {flags}, 8"), "255")
+        high = self.both("and", self.value(f"lshr i32 {flags}, 12"), "3840")
+        self.store("%vmcb", vmcb + 2, 16, self.narrow(self.both("or", low, high), 32, 16))
+        self.store("%vmcb", vmcb + 4, 32, self.load("%env", env + SEGMENT_LIMIT, 32))
+        self.store("%vmcb", vmcb + 8, 64, self.load("%env", env + SEGMENT_BASE, 64))
+
+    def load_rflags(self) -> None:
+        """RFLAGS from the VMCB: the emulator keeps the condition codes and DF apart."""
+        rflags = self.load("%vmcb", V.RFLAGS, 64)
+        self.store("%env", Env.CC_SRC, 64, self.both("and", rflags, str(_CONDITION_CODES), 64))
+        self.store("%env", Env.CC_DST, 64, "0")
+        self.store("%env", Env.CC_OP, 32, str(_CC_OP_EFLAGS))
+        direction = self.value(f"shl i32 {self.bit(rflags, 64, 10)}, 1")
+        self.store("%env", Env.DF, 32, self.both("sub", "1", direction))
+        kept = self.both("and", rflags, str(~(_CONDITION_CODES | _DIRECTION)), 64)
+        self.store("%env", Env.RFLAGS, 64, self.both("or", kept, "2", 64))
+
+    def compute_hflags(self) -> None:
+        """The flags that select a translation, from the state just loaded."""
+        cr0, cr4 = self.load("%env", Env.CR0, 64), self.load("%env", Env.CR4, 64)
+        efer, rflags = self.load("%env", Env.EFER, 64), self.load("%vmcb", V.RFLAGS, 64)
+        cs = self.load("%env", Env.CS + SEGMENT_FLAGS, 32)
+        ss = self.load("%env", Env.SS + SEGMENT_FLAGS, 32)
+        flags = self.widen(self.load("%vmcb", V.CPL, 8), 8, 32)
+        flags = self.both("or", self.both("and", flags, "3"), str(1 << Hflags.GUEST))
+        for source, position, flag in (
+            (cr0, 0, Hflags.PE),
+            (cr0, 1, Hflags.MP),
+            (cr0, 2, Hflags.EM),
+            (cr0, 3, Hflags.TS),
+            (cr4, 9, Hflags.OSFXSR),
+            (cr4, 21, Hflags.SMAP),
+            (efer, 10, Hflags.LMA),
+            (efer, 12, Hflags.SVME),
+            (self.load("%vmcb", V.INTERRUPT_SHADOW, 64), 0, Hflags.INTERRUPT_SHADOW),
+        ):
+            flags = self.place(flags, self.bit(source, 64, position), flag)
+        long_code = self.both("and", self.bit(efer, 64, 10), self.bit(cs, 32, 21))
+        not_long = self.both("xor", long_code, "1")
+        code32 = self.both("or", long_code, self.bit(cs, 32, 22))
+        stack32 = self.both("or", long_code, self.bit(ss, 32, 22))
+        ds, es, ss_base = (
+            self.load("%env", register + SEGMENT_BASE, 64) for register in (Env.DS, Env.ES, Env.SS)
+        )
+        bases = self.both("or", self.both("or", ds, es, 64), ss_base, 64)
+        based = self.value(f"zext i1 {self.value(f'icmp ne i64 {bases}, 0')} to i32")
+        real = self.both("xor", self.both("and", self.bit(cr0, 64, 0), code32), "1")
+        segmented = self.both("or", self.both("or", real, self.bit(rflags, 64, 17)), based)
+        flags = self.place(flags, long_code, Hflags.CS64)
+        flags = self.place(flags, code32, Hflags.CS32)
+        flags = self.place(flags, stack32, Hflags.SS32)
+        flags = self.place(flags, self.both("and", segmented, not_long), Hflags.ADDSEG)
+        self.store("%env", Env.HFLAGS, 32, flags)
+
+    def function(self, signature: str) -> str:
+        return "\n".join([f"define void {signature} {{", *self.lines, "  ret void", "}"])
+
+
+def _load_world() -> str:
+    body = _Body()
+    body.move("%vmcb", "%env", _CONTROLS + _WORLD, to_state=True)
+    for vmcb, env in _WORLD_SEGMENTS:
+        body.load_segment(vmcb, env)
+    body.load_rflags()
+    body.compute_hflags()
+    body.store("%env", Env.HFLAGS2, 32, str(HFLAGS2_GIF | HFLAGS2_NESTED_PAGING))
+    body.store("%env", Env.NESTED_PAGING_MODE, 32, str(NESTED_PAGING_LONG_NX))
+    body.store("%env", Env.VMCB, 64, "%hpa")
+    body.store("%env", Env.OLD_EXCEPTION, 32, "-1")
+    body.store("%env", Env.EXCEPTION_IS_INT, 32, "0")
+    body.lines.append("  call void @tlb_flush(ptr %cpu)")
+    return body.function("@load_world(ptr %cpu, ptr %env, ptr %vmcb, i64 %hpa)")
+
+
+def _save_world() -> str:
+    body = _Body()
+    body.move("%env", "%vmcb", _WORLD, to_state=False)
+    for vmcb, env in _WORLD_SEGMENTS:
+        body.save_segment(vmcb, env)
+    body.store("%vmcb", V.RFLAGS, 64, body.value("call i64 @read_eflags(ptr %env)"))
+    hflags = body.load("%env", Env.HFLAGS, 32)
+    cpl = body.narrow(body.both("and", hflags, "3"), 32, 8)
+    body.store("%vmcb", V.CPL, 8, cpl)
+    shadow = body.widen(body.bit(hflags, 32, Hflags.INTERRUPT_SHADOW), 32, 64)
+    body.store("%vmcb", V.INTERRUPT_SHADOW, 64, shadow)
+    return body.function("@save_world(ptr %env, ptr %vmcb)")
+
+
+def _load_extra() -> str:
+    body = _Body()
+    body.move("%vmcb", "%env", _EXTRA, to_state=True)
+    for vmcb, env in _EXTRA_SEGMENTS:
+        body.load_segment(vmcb, env)
+    return body.function("@load_extra(ptr %env, ptr %vmcb)")
+
+
+def _save_extra() -> str:
+    body = _Body()
+    body.move("%env", "%vmcb", _EXTRA, to_state=False)
+    for vmcb, env in _EXTRA_SEGMENTS:
+        body.save_segment(vmcb, env)
+    return body.function("@save_extra(ptr %env, ptr %vmcb)")
+
+
+# What Python's exit handler may ask for when it returns.
+ACTION_RESUME = 0
+ACTION_STOP = 1
+ACTION_DELIVER = 2  # the event in exception_index, error_code, is_int, next_rip
+ACTION_DELIVER_HARDWARE = 3  # vector in exception_index, no error code
+
+_HOOKS = f"""
+declare i32 @on_exit(i32)
+declare void @do_interrupt(ptr)
+declare void @do_hardware_interrupt(ptr, i32, i32)
+declare void @vmexit(ptr, i32, i64, i64)
+declare void @tlb_flush(ptr)
+declare i64 @read_eflags(ptr)
+declare i32 @emu_stop(ptr)
+declare ptr @llvm.returnaddress(i32)
+
+@cpu = global ptr null
+@env = global ptr null
+@budget = global i64 0
+@blocks = global i64 0
+
+; Every exception and every #VMEXIT comes here from the emulator's main loop.
+define void @on_interrupt(ptr %uc, i32 %number, ptr %user) {{
+  %cpu = load ptr, ptr @cpu
+  %env = load ptr, ptr @env
+  %is_exception = icmp ult i32 %number, 256
+  br i1 %is_exception, label %deliver, label %exit
+exit:
+  %code = sub i32 %number, 256
+  %action = call i32 @on_exit(i32 %code)
+  switch i32 %action, label %done [ i32 {ACTION_STOP}, label %stop
+                                    i32 {ACTION_DELIVER}, label %deliver
+                                    i32 {ACTION_DELIVER_HARDWARE}, label %hardware ]
+stop:
+  call i32 @emu_stop(ptr %uc)
+  br label %done
+hardware:
+  %where = getelementptr i8, ptr %cpu, i64 {CPU_EXCEPTION_INDEX}
+  %vector = load i32, ptr %where
+  call void @do_hardware_interrupt(ptr %env, i32 %vector, i32 1)
+  br label %delivered
+deliver:
+  call void @do_interrupt(ptr %cpu)
+  br label %delivered
+delivered:
+  %is_int = getelementptr i8, ptr %env, i64 {Env.EXCEPTION_IS_INT.value}
+  store i32 0, ptr %is_int
+  %old = getelementptr i8, ptr %env, i64 {Env.OLD_EXCEPTION.value}
+  store i32 -1, ptr %old
+  br label %done
+done:
+  ret void
+}}
+
+; Where the nested page walk would drop PAGE_EXEC through a null pointer: a walk of the guest's
+; own tables has no protection to narrow.  r14d is the access type (2: fetch), rcx the pointer.
+@walk_resume = global i64 0
+@walk_fault = global i64 0
+define void @walk_no_execute() naked {{
+  call void asm sideeffect "
+    cmpl $$2, %r14d
+    je 2f
+    testq %rcx, %rcx
+    je 1f
+    andl $$-5, (%rcx)
+ 1: jmpq *walk_resume(%rip)
+ 2: jmpq *walk_fault(%rip)", ""()
+  unreachable
+}}
+
+; Every block of guest code comes here first: the clock, and the end of the slice.
+define void @on_block(ptr %uc, i64 %address, i32 %size, ptr %user) {{
+  %count = load i64, ptr @blocks
+  %next = add i64 %count, 1
+  store i64 %next, ptr @blocks
+  %left = load i64, ptr @budget
+  %less = sub i64 %left, 1
+  store i64 %less, ptr @budget
+  %spent = icmp slt i64 %less, 0
+  br i1 %spent, label %exit, label %go
+go:
+  ret void
+exit:
+  %env = load ptr, ptr @env
+  %where = getelementptr i8, ptr %env, i64 {Env.CS + SEGMENT_BASE}
+  %base = load i64, ptr %where
+  %rip = sub i64 %address, %base
+  %instruction_pointer = getelementptr i8, ptr %env, i64 {Env.RIP.value}
+  store i64 %rip, ptr %instruction_pointer
+  call void @vmexit(ptr %env, i32 {EXIT_BUDGET}, i64 0, i64 0)
+  ret void
+}}
+"""
+
+
+def _redirect(name: str, arguments: str, code: int, information: str) -> str:
+    """A stand-in for a helper of the emulator: leave the guest at this instruction with `code`."""
+    return f"""
+define void @{name}(ptr %env{arguments}) {{
+  %caller = call ptr @llvm.returnaddress(i32 0)
+  %return = ptrtoint ptr %caller to i64
+  %site = sub i64 %return, 2
+{information}
+  call void @vmexit(ptr %env, i32 {code}, i64 %information, i64 %site)
+  ret void
+}}
+"""
+
+
+def _port_information(size: int, direction: int) -> str:
+    """EXITINFO1 of an IOIO intercept: the port, the size and the direction."""
+    return f"""  %port = and i32 %number, 65535
+  %shifted = shl i32 %port, 16
+  %narrow = or i32 %shifted, {size << 4 | direction}
+  %information = zext i32 %narrow to i64"""
+
+
+_NO_INFORMATION = "  %information = add i64 0, 0"
+
+# A helper of the emulator and the exit that takes its place.
+REDIRECTED = {
+    "inb": (", i32 %number", EXIT_IOIO, _port_information(1, 1)),
+    "inw": (", i32 %number", EXIT_IOIO, _port_information(2, 1)),
+    "inl": (", i32 %number", EXIT_IOIO, _port_information(4, 1)),
+    "outb": (", i32 %number, i32 %data", EXIT_IOIO, _port_information(1, 0)),
+    "outw": (", i32 %number, i32 %data", EXIT_IOIO, _port_information(2, 0)),
+    "outl": (", i32 %number, i32 %data", EXIT_IOIO, _port_information(4, 0)),
+    "syscall": (", i32 %length", EXIT_SYSCALL, _NO_INFORMATION),
+    "sysenter": (", i32 %length", EXIT_SYSENTER, _NO_INFORMATION),
+    "xsetbv": (", i32 %number, i64 %data", EXIT_XSETBV, _NO_INFORMATION),
+}
+
+
+def source() -> str:
+    """The whole module as LLVM IR."""
+    stand_ins = [_redirect(f"leave_{name}", *row) for name, row in REDIRECTED.items()]
+    worlds = [_load_world(), _save_world(), _load_extra(), _save_extra()]
+    return "\n".join([_HOOKS, *stand_ins, *worlds])
+
+
+class Glue:
+    """The compiled module: addresses of its functions and variables in this process."""
+
+    def __init__(self, symbols: Mapping[str, int]) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        llvm.initialize_native_asmparser()
+        for name, where in symbols.items():
+            llvm.add_symbol(name, where)
+        machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source()), machine)
+        self._engine.finalize_object()
+
+    def function(self, name: str) -> int:
+        """The address of a function."""
+        return int(self._engine.get_function_address(name))
+
+    def variable(self, name: str) -> int:
+        """The address of a global variable."""
+        return int(self._engine.get_global_value_address(name))

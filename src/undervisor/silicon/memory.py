@@ -1,0 +1,181 @@
+"""Host-physical memory: the guest's RAM, one `mmap` shared with the processor, and our own frames.
+
+Host-physical addresses equal L1's guest-physical ones: RAM from 0 to at most 3 GiB and the rest
+from 4 GiB, as on a PC.  Frames of our own (VMCBs, nested page tables) lie above `PRIVATE_BASE`,
+where no guest can name them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Callable, Iterator
+
+from undervisor.errors import BadInput
+
+PAGE = 4096
+LOW_END = 3 << 30
+HIGH_START = 4 << 30
+PRIVATE_BASE = 1 << 38
+PRIVATE_SIZE = 64 << 20
+MAX_RAM = 64 << 30
+MIN_RAM = 1 << 20
+
+_U64 = struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+_ABSENT = (1 << 64) - 1
+
+
+class Memory:
+    """RAM and private frames by host-physical address.
+
+    Absent memory reads as all ones and swallows writes, as on a PC.  `write` tells the processor
+    that code may have changed; `set_u64` and `set_u32` do not and are for tables, never for code.
+    """
+
+    def __init__(self, size: int) -> None:
+        if not MIN_RAM <= size <= MAX_RAM or size % PAGE:
+            raise BadInput(
+                f"{size} bytes of memory: it must be whole pages between 1 MiB and 64 GiB",
+                hint="for example --memory 256M",
+            )
+        self.size = size
+        self.low = min(size, LOW_END)
+        try:
+            self.ram = mmap.mmap(-1, size)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"no {size >> 20} MiB of memory for the guest: {error}") from None
+        self.private = mmap.mmap(-1, PRIVATE_SIZE)
+        self._frames = _frames()
+        self._free: list[int] = []
+        self.code_changed: Callable[[int, int], None] = lambda start, end: None
+
+    # -- regions ------------------------------------------------------------------------------
+
+    def regions(self) -> list[tuple[int, int, int]]:
+        """`(hpa, size, address in this process)` of every piece that the processor maps."""
+        ram = _address_of(self.ram)
+        pieces = [(0, self.low, ram)]
+        if self.size > self.low:
+            pieces.append((HIGH_START, self.size - self.low, ram + self.low))
+        return [*pieces, (PRIVATE_BASE, PRIVATE_SIZE, _address_of(self.private))]
+
+    def ram_ranges(self) -> list[tuple[int, int]]:
+        """`(start, end)` of the guest's RAM, in host- and so in L1's guest-physical addresses."""
+        ranges = [(0, self.low)]
+        if self.size > self.low:
+            ranges.append((HIGH_START, HIGH_START + self.size - self.low))
+        return ranges
+
+    def is_ram(self, address: int, size: int = 1) -> bool:
+        """Whether all of `address`, `size` is the guest's RAM."""
+        return any(start <= address and address + size <= end for start, end in self.ram_ranges())
+
+    def host_pointer(self, hpa: int) -> int:
+        """The address in this process of a host-physical address; ValueError where absent."""
+        for start, size, pointer in self.regions():
+            if start <= hpa < start + size:
+                return pointer + hpa - start
+        raise ValueError(f"{hpa:#x} is no memory")
+
+    # -- frames of our own --------------------------------------------------------------------
+
+    def allocate(self) -> int:
+        """A zeroed private page, by its host-physical address."""
+        if self._free:
+            frame = self._free.pop()
+            offset = frame - PRIVATE_BASE
+            self.private[offset : offset + PAGE] = bytes(PAGE)
+            return frame
+        try:
+            return next(self._frames)
+        except StopIteration:
+            raise MemoryError("the silicon's private memory is full") from None
+
+    def release(self, frame: int) -> None:
+        """Give a private page back."""
+        self._free.append(frame)
+
+    # -- access -------------------------------------------------------------------------------
+
+    def u64(self, hpa: int) -> int:
+        """The 64-bit little-endian value at `hpa`; all ones where there is no memory."""
+        if hpa <= self.low - 8:
+            value: int = _U64.unpack_from(self.ram, hpa)[0]
+            return value
+        buffer, offset = self._find(hpa, 8)
+        return _ABSENT if buffer is None else int(_U64.unpack_from(buffer, offset)[0])
+
+    def u32(self, hpa: int) -> int:
+        """The 32-bit little-endian value at `hpa`; all ones where there is no memory."""
+        buffer, offset = self._find(hpa, 4)
+        return 0xFFFF_FFFF if buffer is None else int(_U32.unpack_from(buffer, offset)[0])
+
+    def set_u64(self, hpa: int, value: int) -> None:
+        """Write a 64-bit table entry."""
+        if hpa <= self.low - 8:
+            _U64.pack_into(self.ram, hpa, value)
+            return
+        buffer, offset = self._find(hpa, 8)
+        if buffer is not None:
+            _U64.pack_into(buffer, offset, value)
+
+    def set_u32(self, hpa: int, value: int) -> None:
+        """Write a 32-bit table entry."""
+        buffer, offset = self._find(hpa, 4)
+        if buffer is not None:
+            _U32.pack_into(buffer, offset, value)
+
+    def read(self, hpa: int, size: int) -> bytes:
+        """`size` bytes from `hpa`; absent bytes read as 0xff."""
+        buffer, offset = self._find(hpa, size)
+        if buffer is not None:
+            return bytes(buffer[offset : offset + size])
+        if size <= 1:
+            return b"\xff" * size
+        half = min(size // 2, -hpa % PAGE or PAGE) or 1
+        return self.read(hpa, half) + self.read(hpa + half, size - half)
+
+    def write(self, hpa: int, data: bytes) -> None:
+        """Write `data` at `hpa` and let the processor see changed code; absent bytes are lost."""
+        size = len(data)
+        buffer, offset = self._find(hpa, size)
+        if buffer is not None:
+            buffer[offset : offset + size] = data
+            self.code_changed(hpa, hpa + size)
+        elif size > 1:
+            half = min(size // 2, -hpa % PAGE or PAGE) or 1
+            self.write(hpa, data[:half])
+            self.write(hpa + half, data[half:])
+
+    def clear(self, hpa: int, size: int) -> None:
+        """Zero `size` bytes from `hpa`."""
+        for start in range(hpa, hpa + size, 1 << 20):
+            self.write(start, bytes(min(1 << 20, hpa + size - start)))
+
+    def view(self, frame: int) -> memoryview:
+        """A writable view of one page, in RAM or private; ValueError where there is none."""
+        buffer, offset = self._find(frame, PAGE)
+        if buffer is None:
+            raise ValueError(f"{frame:#x} is no page of memory")
+        return memoryview(buffer)[offset : offset + PAGE]
+
+    def _find(self, hpa: int, size: int) -> tuple[mmap.mmap | None, int]:
+        """The buffer and the offset in it of a range that lies wholly in one piece."""
+        end = hpa + size
+        if hpa >= 0 and end <= self.low:
+            return self.ram, hpa
+        if hpa >= PRIVATE_BASE and end <= PRIVATE_BASE + PRIVATE_SIZE:
+            return self.private, hpa - PRIVATE_BASE
+        if hpa >= HIGH_START and end <= HIGH_START + self.size - self.low:
+            return self.ram, hpa - HIGH_START + self.low
+        return None, 0
+
+
+def _frames() -> Iterator[int]:
+    yield from range(PRIVATE_BASE, PRIVATE_BASE + PRIVATE_SIZE, PAGE)
+
+
+def _address_of(buffer: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -1,0 +1,291 @@
+"""One processor: VMRUN a VMCB until #VMEXIT, deliver events, count blocks, be kicked.
+
+    processor = Processor(memory)
+    processor.load(vmcb)                    # VMRUN: the VMCB's state becomes the running state
+    processor.run(on_exit)                  # on_exit(code) -> Action, called at every #VMEXIT
+    processor.save(vmcb)                    # #VMEXIT: the running state goes back to the VMCB
+
+`on_exit` runs inside the emulator, with the guest's state live in `processor.state`.  It returns
+`Action.RESUME` to go on (after changing whatever it likes), `STOP` to make `run` return, and
+`DELIVER` or `DELIVER_HARDWARE` to send the event that it prepared through the guest's IDT first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Final
+
+import unicorn
+import unicorn.x86_const as public
+
+from undervisor.arch.svm.vmcb import Vmcb, VmcbField
+from undervisor.errors import SiliconDied
+from undervisor.silicon import fixes, glue, layout, library
+from undervisor.silicon.layout import STATE_SIZE, Env
+from undervisor.silicon.memory import Memory
+from undervisor.silicon.state import State
+
+RESUME: Final = glue.ACTION_RESUME
+STOP: Final = glue.ACTION_STOP
+DELIVER: Final = glue.ACTION_DELIVER
+DELIVER_HARDWARE: Final = glue.ACTION_DELIVER_HARDWARE
+
+OnExit = Callable[[int], int]
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
+_NO_LIMIT = 1 << 62
+_EVENT_VALID = 1 << 31
+_TYPE_EXTERNAL, _TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFTWARE = 0, 2, 3, 4
+
+
+class SiliconVmcb(Vmcb):
+    """A VMCB of ours, in a private frame: the view, and where the silicon finds it."""
+
+    __slots__ = ("hpa", "pointer")
+
+    def __init__(self, memory: Memory) -> None:
+        self.hpa = memory.allocate()
+        self.pointer = memory.host_pointer(self.hpa)
+        super().__init__(memory.view(self.hpa))
+
+
+class Processor:
+    """Unicorn as an AMD processor that is always in guest mode.
+
+    One processor carries any number of vCPUs in turn: `park` and `unpark` move the whole state.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        library.check_version()
+        self.memory = memory
+        self._engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._engine.ctl_set_cpu_model(public.UC_CPU_X86_EPYC)
+        for start, size, pointer in memory.regions():
+            self._engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, pointer)
+        self._handle = _handle(self._engine)
+        self.state = State(self._handle)
+        self._cpu, self._env = self.state.cpu, self.state.env
+        layout.verify(self._engine, self.state.bytes)
+        self._error: BaseException | None = None
+        self._on_exit: OnExit = lambda code: STOP
+        self._callback = _CALLBACK(self._leave)
+        self._start = library.api("uc_emu_start")
+        self._start.argtypes = [ctypes.c_void_p] + [ctypes.c_uint64] * 3 + [ctypes.c_size_t]
+        self._glue = self._compile()
+        self._hook()
+        self._initial = bytes(self.state.bytes)
+        memory.code_changed = self.invalidate_code
+
+    # -- building -----------------------------------------------------------------------------
+
+    def _compile(self) -> glue.Glue:
+        """The glue, linked to the library and to this processor."""
+        compiled = glue.Glue(
+            {
+                "on_exit": ctypes.cast(self._callback, ctypes.c_void_p).value or 0,
+                "do_interrupt": library.address("x86_cpu_do_interrupt"),
+                "do_hardware_interrupt": library.address("do_interrupt_x86_hardirq"),
+                "vmexit": library.address("cpu_vmexit"),
+                "tlb_flush": library.address("tlb_flush"),
+                "read_eflags": library.address("helper_read_eflags"),
+                "emu_stop": ctypes.cast(library.api("uc_emu_stop"), ctypes.c_void_p).value or 0,
+            }
+        )
+
+        def variable(name: str, value: int) -> ctypes.c_int64:
+            cell = ctypes.c_int64.from_address(compiled.variable(name))
+            cell.value = value
+            return cell
+
+        variable("cpu", self.state.cpu)
+        variable("env", self.state.env)
+        self._budget = variable("budget", _NO_LIMIT)
+        self._blocks = variable("blocks", 0)
+        resume, fault = fixes.walk_addresses()
+        variable("walk_resume", resume)
+        variable("walk_fault", fault)
+        pointer, long = ctypes.c_void_p, ctypes.c_uint64
+
+        def native(name: str, *arguments: type) -> Callable[..., None]:
+            return ctypes.CFUNCTYPE(None, *arguments)(compiled.function(name))
+
+        self._load_world = native("load_world", pointer, pointer, pointer, long)
+        self._save_world = native("save_world", pointer, pointer)
+        self._load_extra = native("load_extra", pointer, pointer)
+        self._save_extra = native("save_extra", pointer, pointer)
+        return compiled
+
+    def _hook(self) -> None:
+        """Put the glue into the engine, and repair the library."""
+        for kind, name in (
+            (unicorn.UC_HOOK_INTR, "on_interrupt"),
+            (unicorn.UC_HOOK_BLOCK, "on_block"),
+        ):
+            hook = ctypes.c_size_t()
+            status = library.api("uc_hook_add")(
+                ctypes.c_void_p(self._handle),
+                ctypes.byref(hook),
+                kind,
+                ctypes.c_void_p(self._glue.function(name)),
+                None,
+                ctypes.c_uint64(1),
+                ctypes.c_uint64(0),
+            )
+            if status:
+                raise SiliconDied(f"the processor library refused a hook (error {status})")
+        for name in glue.REDIRECTED:
+            fixes.redirect(name, self._glue.function(f"leave_{name}"))
+        fixes.repair_no_execute_walk(self._glue.function("walk_no_execute"))
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self, on_exit: OnExit, budget: int = _NO_LIMIT) -> None:
+        """Run the loaded world, calling `on_exit(code)` at each #VMEXIT until it returns `STOP`.
+
+        After `budget` blocks of guest code there is an exit with `glue.EXIT_BUDGET`.  What
+        `on_exit` raises comes out here.
+        """
+        self._on_exit = on_exit
+        self._budget.value = budget
+        status = self._start(self._handle, self.state.rip, (1 << 64) - 1, 0, 0)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if status:
+            raise SiliconDied(
+                f"the processor stopped at rip {self.state.rip:#x}: "
+                f"{library.api('uc_strerror')(status)}"
+            )
+
+    def _leave(self, code: int) -> int:
+        """From the glue: a #VMEXIT.  No exception may cross the emulator's frames."""
+        try:
+            return self._on_exit(code)
+        except BaseException as error:
+            self._error = error
+            return STOP
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of guest code have been entered: the deterministic clock."""
+        return self._blocks.value
+
+    def set_budget(self, blocks: int) -> None:
+        """From `on_exit`: the next budget exit comes after `blocks` more blocks."""
+        self._budget.value = blocks
+
+    def kick(self) -> None:
+        """From any thread: a budget exit at the next block."""
+        self._budget.value = 0
+
+    # -- state --------------------------------------------------------------------------------
+
+    def load(self, vmcb: SiliconVmcb) -> None:
+        """VMRUN's loading half: controls and state from the VMCB."""
+        self._load_world(self._cpu, self._env, vmcb.pointer, vmcb.hpa)
+
+    def save(self, vmcb: SiliconVmcb) -> None:
+        """#VMEXIT's saving half: the running state to the VMCB."""
+        self._save_world(self._env, vmcb.pointer)
+
+    def load_extra(self, vmcb: SiliconVmcb) -> None:
+        """What VMLOAD loads: FS, GS, TR, LDTR, KernelGsBase, STAR.., SYSENTER.. ."""
+        self._load_extra(self._env, vmcb.pointer)
+
+    def save_extra(self, vmcb: SiliconVmcb) -> None:
+        """What VMSAVE saves."""
+        self._save_extra(self._env, vmcb.pointer)
+
+    def reset(self) -> None:
+        """The whole state as it was when the processor was built."""
+        self.unpark(self._initial)
+
+    def park(self) -> bytes:
+        """The whole state of the running vCPU, to be given back to `unpark`."""
+        return bytes(self.state.bytes)
+
+    def unpark(self, parked: bytes) -> None:
+        """Make a parked vCPU the running one."""
+        if len(parked) != STATE_SIZE:
+            raise ValueError("not a parked state")
+        self.state.bytes[:] = parked
+        self.flush()
+
+    # -- events -------------------------------------------------------------------------------
+
+    def inject_exception(self, vector: int, error_code: int | None) -> int:
+        """Prepare a hardware exception; the action to return from `on_exit`."""
+        state = self.state
+        state.exception_index.value = vector
+        state.error_code = error_code or 0
+        state.is_int = 0
+        state.old_exception = vector if vector in _COMBINING else 0xFFFF_FFFF
+        with_error = 0 if error_code is None else 1 << 11
+        self._record(vector | _TYPE_EXCEPTION << 8 | with_error, error_code or 0)
+        return DELIVER
+
+    def inject_software(self, vector: int, length: int, kind: int = _TYPE_SOFTWARE) -> int:
+        """Prepare INT n, INT3 or INTO of `length` bytes; the action to return from `on_exit`."""
+        state = self.state
+        state.exception_index.value = vector
+        state.error_code = 0
+        state.is_int = 1
+        state.next_rip = state.rip + length
+        self._record(vector | kind << 8, 0)
+        return DELIVER
+
+    def inject_interrupt(self, vector: int) -> int:
+        """Prepare an external interrupt; the action to return from `on_exit`."""
+        self.state.exception_index.value = vector
+        self._record(vector | _TYPE_EXTERNAL << 8, 0)
+        return DELIVER_HARDWARE
+
+    def inject_nmi(self) -> int:
+        """Prepare an NMI; the action to return from `on_exit`."""
+        self.state.exception_index.value = 2
+        self._record(2 | _TYPE_NMI << 8, 0)
+        return DELIVER_HARDWARE
+
+    def _record(self, event: int, error_code: int) -> None:
+        """EVENTINJ of the running VMCB: what an exit during delivery finds as EXITINTINFO."""
+        vmcb = self.state.q[Env.VMCB // 8]
+        self.memory.set_u64(vmcb + VmcbField.EVENTINJ, error_code << 32 | event | _EVENT_VALID)
+
+    def take_interrupted_event(self) -> int:
+        """The event in whose delivery this exit happened, in EXITINTINFO form; 0 where none."""
+        where = self.state.q[Env.VMCB // 8] + VmcbField.EVENTINJ
+        event = self.memory.u64(where)
+        if not event & _EVENT_VALID:
+            return 0
+        self.memory.set_u64(where, 0)
+        return event
+
+    def request_window(self, wanted: bool) -> None:
+        """Ask for (or forget) an exit 0x64 as soon as the guest can take an interrupt."""
+        if wanted:
+            self.state.interrupt_request.value |= layout.INTERRUPT_VIRTUAL
+        else:
+            self.state.interrupt_request.value &= ~layout.INTERRUPT_VIRTUAL
+
+    # -- translation --------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Drop every translation of the running world."""
+        library.function("tlb_flush")(self.state.cpu)
+
+    def flush_page(self, gva: int) -> None:
+        """Drop the translation of one page."""
+        library.function("tlb_flush_page")(self.state.cpu, gva)
+
+    def invalidate_code(self, start: int, end: int) -> None:
+        """Forget translated code of host-physical `start` to `end`."""
+        library.function("tb_invalidate_phys_range")(self._handle, start, end)
+
+
+_COMBINING = frozenset({0, 8, 10, 11, 12, 13, 14})
+
+
+def _handle(engine: unicorn.Uc) -> int:
+    handle = engine._uch
+    return int(handle.value if hasattr(handle, "value") else handle)
