@@ -1,0 +1,13 @@
+/* Starting the other processors. */
+#pragma once
+
+#include "hypervisor.h"
+
+/* Fills machine.cpus; the processor that calls becomes cpu 0. */
+void find_cpus(void);
+
+/* Gives the calling processor its descriptor tables, its GS base and its local APIC. */
+void start_this_cpu(struct cpu *cpu);
+
+/* INIT-SIPI-SIPI to each of the others, one by one.  Each calls `entry` with its cpu. */
+void start_other_cpus(void (*entry)(struct cpu *));
