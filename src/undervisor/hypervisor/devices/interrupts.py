@@ -1,0 +1,86 @@
+"""How interrupt messages find local APICs (Intel SDM, "Determining IPI Destination")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from undervisor.hypervisor.devices.lapic_layout import BROADCAST, DeliveryMode
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.devices.lapic import Lapic
+
+
+class InterruptSink(Protocol):
+    """A local APIC's processor.  None of these may call back into the APIC before returning."""
+
+    def nmi(self) -> None:
+        """An NMI arrived."""
+
+    def init(self) -> None:
+        """An INIT arrived; when it is taken, the processor calls `Lapic.reset_by_init`."""
+
+    def sipi(self, vector: int) -> None:
+        """A startup IPI arrived; it counts only in the wait-for-SIPI state."""
+
+    def smi(self) -> None:
+        """An SMI arrived."""
+
+    def wake(self) -> None:
+        """`Lapic.pending` is no longer None or names a higher vector: leave HLT and look."""
+
+
+class ExternalController(Protocol):
+    """The 8259 pair, as the processor's ExtINT cycle sees it."""
+
+    def peek(self) -> int:
+        """The vector that `acknowledge` would return."""
+
+    def acknowledge(self) -> int:
+        """The interrupt-acknowledge cycle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An interrupt message on the way to local APICs.
+
+    `wide` is set for an x2APIC's 32-bit destination; else `destination` has 8 bits.
+    """
+
+    mode: DeliveryMode
+    vector: int
+    destination: int
+    logical: bool = False
+    level: bool = False
+    wide: bool = False
+
+
+class InterruptBus:
+    """All local APICs of a machine, and who wants to know of EOIs of level interrupts."""
+
+    def __init__(self) -> None:
+        self.lapics: list[Lapic] = []
+        self.on_eoi: list[Callable[[int], None]] = []
+
+    def send(self, message: Message) -> bool:
+        """Deliver to every match, or to one for lowest priority; whether anyone took it."""
+        targets = self.targets(message)
+        if message.mode is DeliveryMode.LOWEST_PRIORITY and len(targets) > 1:
+            targets = [min(targets, key=lambda lapic: lapic.ppr)]
+        taken = [lapic.accept(message.mode, message.vector, message.level) for lapic in targets]
+        return any(taken)
+
+    def targets(self, message: Message) -> list[Lapic]:
+        """The APICs that the destination names, by rising ID."""
+        destination = message.destination
+        if destination == (BROADCAST if message.wide else 0xFF):
+            return [lapic for lapic in self.lapics if lapic.enabled]
+        if message.logical:
+            return [lapic for lapic in self.lapics if lapic.is_logical(destination)]
+        return [lapic for lapic in self.lapics if lapic.is_physical(destination)]
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """The EOI message that a local APIC broadcasts for a level-triggered interrupt."""
+        for listener in self.on_eoi:
+            listener(vector)
