@@ -16,7 +16,10 @@ WORDS: Final = 6
 
 
 class Intercept(IntEnum):
-    """An intercept; its value is its bit number, counted from the VMCB's first bit."""
+    """An intercept; its value is its bit number, counted from the VMCB's first bit.
+
+    The manual numbers the exits in the same order: the value is the exit's code as well.
+    """
 
     # fmt: off
     # Word 0, 000h
@@ -90,8 +93,8 @@ class Intercept(IntEnum):
         return 1 << (self & (15 if self < 64 else 31))
 
     @property
-    def exit_codes(self) -> tuple[ExitCode, ...]:
-        """The exits that this intercept produces."""
+    def exit_code(self) -> ExitCode:
+        """The exit that this intercept produces."""
         return EXITS[self]
 
 
@@ -110,19 +113,10 @@ _FIELDS: Final = (
     VmcbField.INTERCEPT_WORD5,
 )
 
-# The exits whose name differs from their intercept's, or that share it.
-_OTHER_EXITS: Final[dict[Intercept, tuple[ExitCode, ...]]] = {
-    Intercept.INTN: (ExitCode.SWINT,),
-    Intercept.IOIO_PROT: (ExitCode.IOIO,),
-    Intercept.MSR_PROT: (ExitCode.MSR,),
-}
-
-EXITS: Final[dict[Intercept, tuple[ExitCode, ...]]] = {
-    intercept: _OTHER_EXITS.get(intercept) or (ExitCode[intercept.name],) for intercept in Intercept
-}
+EXITS: Final[dict[Intercept, ExitCode]] = {bit: ExitCode(bit) for bit in Intercept}
 
 INTERCEPT_OF: Final[dict[ExitCode, Intercept]] = {
-    code: intercept for intercept, codes in EXITS.items() for code in codes
+    code: intercept for intercept, code in EXITS.items()
 }
 
 # Exits that no single intercept bit asks for, and what makes them happen.
