@@ -2,7 +2,7 @@
 
 The walk is pure: it reads entries through a callable and returns a `Translation` or a
 `PageFault`, and never writes; `accessed_dirty_updates` says what the processor would write.
-It is used to decode instructions at exits, so it works with masks and builds nothing on its way.
+It decodes instructions at exits, on the hot path: masks and named tuples, no registers.
 SDM 3A "Paging"; APM 2 "Page Translation and Protection".
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Final, NewType
+from typing import Final, NamedTuple, NewType
 
 from undervisor.arch.bits import Bits, Register
 from undervisor.arch.x86.events import Fault, Vector
@@ -81,8 +81,7 @@ class PagingMode(Enum):
     LEVEL5 = "5-level paging"
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """One step of a walk: what the linear address and the entry mean there."""
 
     shift: int
@@ -115,8 +114,7 @@ class PagingRules:
     supervisor_keys: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
+class Translation(NamedTuple):
     """A successful walk."""
 
     gpa: int
@@ -132,8 +130,7 @@ class Translation:
     """The address and value of each entry used, root first; without a PAE PDPTE register."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageFault:
+class PageFault(NamedTuple):
     """A failed walk: what the page fault delivers."""
 
     error_code: int
@@ -274,9 +271,9 @@ def _descend(
 ) -> Walk:
     """Walk from the root `table` down to the entry that maps the page."""
     wide = rules.entry_size == 8
+    table_mask = rules.table_mask
     rights, disabled, steps = 6, 0, []
-    for level in rules.levels:
-        shift = level.shift
+    for shift, may_map, reserved, reserved_leaf in rules.levels:
         if wide:
             address = table | (gva >> (shift - 3) & 0xFF8)
             entry = read_u64(address)
@@ -285,16 +282,16 @@ def _descend(
             entry = read_u64(address & ~7) >> (address & 4) * 8 & 0xFFFF_FFFF
         if not entry & 1:
             return _page_fault(rules, gva, access, 0)
-        if entry & level.reserved:
+        if entry & reserved:
             return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
         rights &= entry
         disabled |= entry
         steps.append((address, entry))
-        if shift == 12 or (entry & 0x80 and level.may_map):
-            if entry & level.reserved_leaf:
+        if shift == 12 or (may_map and entry & 0x80):
+            if entry & reserved_leaf:
                 return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
             break
-        table = entry & rules.table_mask
+        table = entry & table_mask
     executable = not (wide and disabled >> 63)
     refused = _refusal(rules, rights, executable, entry, access, ac, pkru, pkrs)
     if refused:
