@@ -78,7 +78,7 @@ class LapicTimer:
             return 0
         left = self._end - self._clock.now()
         period = self.initial_count * self._divisor
-        if left <= 0 and self.mode is TimerMode.PERIODIC and period:
+        if self.mode is TimerMode.PERIODIC and period and not 0 < left <= period:
             left = left % period or period
         return -(-max(left, 0) // self._divisor)
 

@@ -16,8 +16,9 @@ ICW4_AUTOMATIC_EOI, ICW4_SPECIAL_NESTING = 0x02, 0x10  # the latter for a master
 class Controller:
     """One 8259A; `changed()` is called when its INT output may have changed."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], followed: int = 0) -> None:
         self._changed = changed
+        self._followed = followed  # inputs whose request falls with the line: another 8259's INT
         self.elcr = 0
         self._lines = 0
         self._reset()
@@ -36,7 +37,7 @@ class Controller:
     def set_line(self, line: int, level: bool) -> None:
         """Drive an input: a rise requests, or a level does where ELCR or ICW1 says so."""
         bit = 1 << line
-        by_level = self.elcr & bit or self._all_level
+        by_level = (self.elcr | self._followed) & bit or self._all_level
         if level:
             if by_level or not self._lines & bit:
                 self.requests |= bit
@@ -70,7 +71,7 @@ class Controller:
     def accept(self, line: int) -> None:
         """The acknowledge cycle's effect for an input."""
         bit = 1 << line
-        if not self.elcr & bit and not self._all_level:
+        if not (self.elcr | self._followed) & bit and not self._all_level:
             self.requests &= ~bit
         if self._automatic_eoi:
             if self._rotate_automatically:
@@ -160,7 +161,7 @@ class Pic:
     def __init__(self, output: Callable[[bool], None]) -> None:
         self._output = output
         self._level = False
-        self.master = Controller(self._update)
+        self.master = Controller(self._update, followed=1 << CASCADE)
         self.slave = Controller(self._update_slave)
 
     def set_irq(self, irq: int, level: bool) -> None:
@@ -200,9 +201,6 @@ class Pic:
         self.master.accept(line)
         if behind is not None:
             self.slave.accept(behind)
-            # The cycle drops the slave's INT, so that what else it asks for is a new edge.
-            self.master.set_line(CASCADE, False)
-            self._update_slave()
         return vector
 
     def read_elcr(self, offset: int, size: int) -> int:
