@@ -4,7 +4,7 @@
 
 /* 16550: registers from the base port. */
 enum { COM1 = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
-enum { TRANSMITTER_EMPTY = 0x20, DIVISOR_LATCH = 0x80, EIGHT_BITS = 3 };
+enum { HOLDING_EMPTY = 0x20, ALL_SENT = 0x40, DIVISOR_LATCH = 0x80, EIGHT_BITS = 3 };
 
 static struct lock console_lock;
 
@@ -19,11 +19,18 @@ void console_start(void)
     outb(COM1 + MODEM, 3);
 }
 
+/* Bounded, so that a machine without the port still reaches its end. */
+static void wait_for_line(u8 status)
+{
+    for (int i = 0; i < 100000 && !(inb(COM1 + LINE_STATUS) & status); i++)
+        pause();
+}
+
+void console_drain(void) { wait_for_line(ALL_SENT); }
+
 static void put(char c)
 {
-    /* Bounded, so that a machine without the port still reaches its end. */
-    for (int i = 0; i < 100000 && !(inb(COM1 + LINE_STATUS) & TRANSMITTER_EMPTY); i++)
-        pause();
+    wait_for_line(HOLDING_EMPTY);
     outb(COM1 + DATA, (u8)c);
 }
 

@@ -97,6 +97,13 @@ SELECTOR(fs)
 SELECTOR(gs)
 #undef SELECTOR
 
+static inline u16 read_ldtr(void)
+{
+    u16 value;
+    asm volatile("sldt %0" : "=r"(value));
+    return value;
+}
+
 static inline u16 read_tr(void)
 {
     u16 value;

@@ -60,6 +60,7 @@ struct cpu {
     void *host_state;                   /* SVM: VMSAVE area of L1; VMX: VMXON region */
     struct registers registers;
     struct return_frame return_frame;   /* directly after the registers */
+    u64 launched;                       /* VMX: the next entry is VMRESUME, not VMLAUNCH */
 
     u32 index, apic_id;
     u32 level;                          /* 1 or 2: who runs here now */
@@ -67,7 +68,6 @@ struct cpu {
     const char *failure;                /* the first thing that L2 found wrong */
 
     void *host_save;                    /* SVM: VM_HSAVE_PA */
-    u64 host_cr4;
     struct descriptors guest_descriptors, host_descriptors;
 
     /* L2 reads what L1 wrote in between. */
@@ -90,7 +90,7 @@ struct options {
 /* What a processor may lack: all have the same, and the vendor's code says what it means. */
 struct features {
     bool next_rip, flush_by_asid;       /* SVM */
-    bool true_controls, vpid, invept, invept_single, invvpid, invvpid_single; /* VMX */
+    bool invept_single, vpid;           /* VMX */
 };
 
 struct machine {

@@ -17,6 +17,7 @@ static u64 next_page, memory_top;
 
 void finish(enum outcome outcome)
 {
+    console_drain();
     outl(PORT_DEBUG_EXIT, outcome);
     for (const char *c = "Shutdown"; *c; c++)
         outb(PORT_BOCHS, (u8)*c);

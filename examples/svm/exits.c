@@ -142,7 +142,7 @@ bool handle_exit(struct cpu *cpu)
     cpu->level = 1;
     cpu->registers.rax = vmcb->rax;
     vmcb->tlb_control = TLB_KEEP;
-    vmcb->event = 0;
+    vmcb->event = vmcb->exit_interrupt_info; /* what was on its way into L2 is delivered again */
     bool goes_on = dispatch(cpu, vmcb);
     vmcb->rax = cpu->registers.rax;
     cpu->level = 2;

@@ -1,0 +1,83 @@
+/* Extended page tables: four levels as in long mode, with rights and memory types of their own. */
+#include "control.h"
+#include "apic.h"
+#include "cpu.h"
+#include "hypervisor.h"
+#include "machine.h"
+
+/* SDM volume 3, "EPT Translation Mechanism". */
+enum { READABLE = 1 << 0, WRITABLE = 1 << 1, EXECUTABLE = 1 << 2, LARGE = 1 << 7 };
+enum { TABLE = READABLE | WRITABLE | EXECUTABLE, LEAF = TABLE };
+enum { UNCACHED = 0 << 3, WRITE_BACK = 6 << 3 };
+enum { EPTP_WRITE_BACK = 6, EPTP_FOUR_LEVELS = 3 << 3 };
+#define ADDRESS 0x000ffffffffff000ULL
+
+enum level { LEVEL_4K = 0, LEVEL_2M = 1, LEVEL_1G = 2, LEVEL_TOP = 3 };
+
+static struct lock tables_lock;
+
+static u64 *entry_in(u64 *table, u64 guest_physical, enum level level)
+{
+    return &table[guest_physical >> (12 + 9 * level) & 511];
+}
+
+/* The entry that maps an address at a level; tables above it are made on the way. */
+static u64 *find_entry(u64 guest_physical, enum level level)
+{
+    u64 *table = pointer(machine.nested_root & ADDRESS);
+    for (enum level at = LEVEL_TOP; at > level; at--) {
+        u64 *entry = entry_in(table, guest_physical, at);
+        if (!(*entry & READABLE))
+            *entry = physical(allocate_page()) | TABLE;
+        if (*entry & LARGE)
+            panic(FAILED_ENTRY, "guest-physical 0x%lx is inside a larger page", guest_physical);
+        table = pointer(*entry & ADDRESS);
+    }
+    return entry_in(table, guest_physical, level);
+}
+
+static void map_range(u64 from, u64 to, enum level level, u64 type)
+{
+    u64 size = BIT(12 + 9 * level);
+    for (u64 address = from & ~(size - 1); address < to; address += size)
+        *find_entry(address, level) = address | LEAF | type | (level == LEVEL_4K ? 0 : LARGE);
+}
+
+void build_nested_tables(void)
+{
+    u64 size = machine.options.page_size;
+    enum level level = size == GIB(1) ? LEVEL_1G : size == MIB(2) ? LEVEL_2M : LEVEL_4K;
+
+    machine.nested_root = physical(allocate_page()) | EPTP_WRITE_BACK | EPTP_FOUR_LEVELS;
+    map_range(0, machine.memory_top, level, WRITE_BACK);
+    map_range(APIC_PAGE, APIC_PAGE + PAGE_SIZE, level, UNCACHED);
+}
+
+void map_nested_page(u64 guest_physical, u64 host_physical)
+{
+    lock(&tables_lock);
+    *find_entry(guest_physical, LEVEL_4K) = host_physical | LEAF | WRITE_BACK;
+    unlock(&tables_lock);
+}
+
+/* "Operations that Invalidate Cached Mappings". */
+void invalidate_nested_translations(void)
+{
+    struct {
+        u64 pointer, reserved;
+    } descriptor = {machine.nested_root, 0};
+    u64 type = machine.features.invept_single ? 1 : 2;
+    bool failed;
+    asm volatile("invept %1, %2" : "=@ccbe"(failed) : "m"(descriptor), "r"(type) : "memory");
+    if (failed)
+        panic(FAILED_ENTRY, "INVEPT of type %lu failed, error %lu", type, vmread(INSTRUCTION_ERROR));
+}
+
+void unmap_nested_page(struct cpu *cpu, u64 guest_physical)
+{
+    (void)cpu; /* the processor that calls is the one that used the page */
+    lock(&tables_lock);
+    *find_entry(guest_physical, LEVEL_4K) = 0;
+    unlock(&tables_lock);
+    invalidate_nested_translations();
+}
