@@ -192,6 +192,22 @@ def test_a_1_gib_page_on_a_processor_without_them_faults():
     assert do_walk(memory, rules=long_rules(page1gb=False)) == PageFault(RESERVED, GVA)
 
 
+@pytest.mark.parametrize(("shift", "refused"), [(39, True), (30, True), (21, False)])
+def test_amd_reserves_bit_8_of_the_upper_tables_entries(shift, refused):
+    memory = map_long(Memory(), GVA, 0x5000 | ALL)
+    table = 0x1000 * (1 + (39 - shift) // 9)
+    memory[table + 8 * table_index(GVA, shift)] |= Entry.g
+    assert isinstance(do_walk(memory), Translation)
+    assert (do_walk(memory, rules=long_rules(amd=True)) == PageFault(RESERVED, GVA)) == refused
+
+
+def test_a_reserved_bit_in_a_pdpte_faults_when_the_walk_reads_it():
+    memory = Memory({0x1000: 0x2000 | P | RW})
+    rules = paging_rules(PAGED, Cr4.pae, 0)
+    assert do_walk(memory, 0x10, rules=rules) == PageFault(RESERVED, 0x10)
+    assert do_walk(memory, 0x10, rules=rules, pdptes=[0x2000 | P | RW] * 4) == PageFault(0, 0x10)
+
+
 def test_execute_disable_is_reserved_without_nxe():
     memory = map_long(Memory(), GVA, 0x5000 | ALL | Entry.xd)
     assert do_walk(memory, rules=long_rules(efer=LONG & ~Efer.nxe)) == PageFault(RESERVED, GVA)

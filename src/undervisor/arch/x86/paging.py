@@ -26,6 +26,8 @@ ReadU64 = Callable[[int], int]
 """Reads the 8-byte aligned, little-endian quadword at a guest-physical address."""
 
 PAGE: Final = 0x1000
+PDPTE_RESERVED: Final = 0x1E6
+"""Bits 2:1 and 8:5 of a PDPTE of PAE paging."""
 
 
 class Entry(Register):
@@ -88,8 +90,8 @@ class Level(NamedTuple):
     """The linear address's bits above this, modulo the table's size, index the table."""
     may_map: bool
     """Whether an entry with PS set maps a page of `1 << shift` bytes here."""
-    reserved: int
-    """Bits that must be 0 in any entry."""
+    reserved_table: int
+    """Bits that must be 0 in an entry that points to a table."""
     reserved_leaf: int
     """Bits that must be 0 in an entry that maps a page here."""
 
@@ -104,6 +106,8 @@ class PagingRules:
     entry_size: int
     table_mask: int
     """The address bits of an entry that points to a table."""
+    pdpte_reserved: int
+    """Bits that must be 0 in a PDPTE of PAE paging that is read during the walk."""
     write_protect: bool
     no_execute: bool
     smep: bool
@@ -171,15 +175,16 @@ def sign_extend(address: int, width: int = 48) -> int:
     return low | (0xFFFF_FFFF_FFFF_FFFF ^ ((1 << width) - 1)) if low >> (width - 1) else low
 
 
-def _long_levels(top: int, high: int, page1gb: bool) -> tuple[Level, ...]:
-    """The levels of PAE (`top` 30, exclusive), 4- and 5-level paging; `high` is reserved in all."""
-    large = 0x3FFF_E000 if page1gb else Entry.ps
+def _long_levels(top: int, high: int, page1gb: bool, amd: bool) -> tuple[Level, ...]:
+    """The levels below `top` of PAE, 4- and 5-level paging; `high` is reserved in all entries."""
+    # AMD reserves bit 8, where a leaf has G, in the tables' entries of the upper levels.
+    upper = high | (Entry.g if amd else 0)
     rows = (
-        Level(48, False, high | Entry.ps, 0),
-        Level(39, False, high | Entry.ps, 0),
-        Level(30, page1gb, high if page1gb else high | large, high | large),
+        Level(48, False, upper | Entry.ps, 0),
+        Level(39, False, upper | Entry.ps, 0),
+        Level(30, page1gb, upper if page1gb else upper | Entry.ps, high | 0x3FFF_E000),
         Level(21, True, high, high | 0x1F_E000),
-        Level(12, True, high, high),
+        Level(12, True, 0, high),
     )
     return tuple(level for level in rows if level.shift < top)
 
@@ -193,9 +198,18 @@ def _legacy_levels(pse: bool, physical_width: int) -> tuple[Level, ...]:
 
 @lru_cache(maxsize=256)
 def paging_rules(
-    cr0: int, cr4: int, efer: int, physical_width: int = 48, page1gb: bool = True
+    cr0: int,
+    cr4: int,
+    efer: int,
+    physical_width: int = 48,
+    page1gb: bool = True,
+    amd: bool = False,
 ) -> PagingRules:
-    """The rules under these control registers; `physical_width` is MAXPHYADDR."""
+    """The rules under these control registers; `physical_width` is MAXPHYADDR.
+
+    `page1gb`: the processor has 1-GiB pages.  `amd`: bit 8 of the upper levels' entries that point
+    to tables is reserved (APM 2 "Long-Mode Page Translation").
+    """
     long_mode = bool(efer & Efer.lma)
     nxe = bool(efer & Efer.nxe) and bool(cr4 & Cr4.pae)
     high = physical_reserved(physical_width)
@@ -207,11 +221,11 @@ def paging_rules(
     elif not cr4 & Cr4.pae:
         mode, levels = PagingMode.LEGACY, _legacy_levels(bool(cr4 & Cr4.pse), physical_width)
     elif not long_mode:
-        mode, levels = PagingMode.PAE, _long_levels(30, high, page1gb)
+        mode, levels = PagingMode.PAE, _long_levels(30, high, page1gb, amd)
     elif cr4 & Cr4.la57:
-        mode, levels = PagingMode.LEVEL5, _long_levels(57, high, page1gb)
+        mode, levels = PagingMode.LEVEL5, _long_levels(57, high, page1gb, amd)
     else:
-        mode, levels = PagingMode.LEVEL4, _long_levels(48, high, page1gb)
+        mode, levels = PagingMode.LEVEL4, _long_levels(48, high, page1gb, amd)
     legacy = mode is PagingMode.LEGACY
     return PagingRules(
         mode=mode,
@@ -219,6 +233,7 @@ def paging_rules(
         index_bits=10 if legacy else 9,
         entry_size=4 if legacy else 8,
         table_mask=0xFFFF_F000 if legacy else Entry.address,
+        pdpte_reserved=physical_reserved(physical_width) | PDPTE_RESERVED,
         write_protect=bool(cr0 & Cr0.wp),
         no_execute=nxe,
         smep=bool(cr4 & Cr4.smep),
@@ -244,7 +259,8 @@ def walk(
     """Translate the canonical linear address `gva` for `access` (`READ`, `WRITE`, `USER`, `FETCH`).
 
     `ac` is EFLAGS.AC for an explicit supervisor access (False for an implicit one): it lifts
-    SMAP.  `pdptes` are the four PDPTE registers of PAE paging, read from memory when None.
+    SMAP.  `pdptes` are the four PDPTE registers of PAE paging; when None the entry is read from
+    memory and checked during the walk, as AMD does under nested paging.
     """
     mode = rules.mode
     if mode is PagingMode.NONE:
@@ -255,6 +271,8 @@ def walk(
         root = read_u64((cr3 & CR3_PAE_ROOT) + index * 8) if pdptes is None else pdptes[index]
         if not root & 1:
             return _page_fault(rules, gva, access, 0)
+        if pdptes is None and root & rules.pdpte_reserved:
+            return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
         table = root & Entry.address
     return _descend(rules, table, gva, access, read_u64, ac, pkru, pkrs)
 
@@ -273,7 +291,7 @@ def _descend(
     wide = rules.entry_size == 8
     table_mask = rules.table_mask
     rights, disabled, steps = 6, 0, []
-    for shift, may_map, reserved, reserved_leaf in rules.levels:
+    for shift, may_map, reserved_table, reserved_leaf in rules.levels:
         if wide:
             address = table | (gva >> (shift - 3) & 0xFF8)
             entry = read_u64(address)
@@ -282,14 +300,13 @@ def _descend(
             entry = read_u64(address & ~7) >> (address & 4) * 8 & 0xFFFF_FFFF
         if not entry & 1:
             return _page_fault(rules, gva, access, 0)
-        if entry & reserved:
+        leaf = shift == 12 or (may_map and entry & 0x80)
+        if entry & (reserved_leaf if leaf else reserved_table):
             return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
         rights &= entry
         disabled |= entry
         steps.append((address, entry))
-        if shift == 12 or (may_map and entry & 0x80):
-            if entry & reserved_leaf:
-                return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
+        if leaf:
             break
         table = entry & table_mask
     executable = not (wide and disabled >> 63)
@@ -372,5 +389,5 @@ def check_pdptes(pdptes: Sequence[int], physical_width: int) -> bool:
 
     SDM 3A "PDPTE Registers": bits 2:1, 8:5 and those above MAXPHYADDR are reserved.
     """
-    reserved = physical_reserved(physical_width) | 0x1E6
+    reserved = physical_reserved(physical_width) | PDPTE_RESERVED
     return not any(pdpte & 1 and pdpte & reserved for pdpte in pdptes)
