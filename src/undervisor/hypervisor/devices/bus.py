@@ -26,15 +26,15 @@ class Device(Protocol):
 
 
 class GuestMemory(Protocol):
-    """The guest's RAM by guest-physical address, for devices that do DMA.
+    """The guest's RAM by guest-physical address, for devices that do DMA."""
 
-    Both raise IndexError or ValueError where the range is not RAM.
-    """
+    def is_ram(self, gpa: int, size: int, /) -> bool:
+        """Whether all of the range is the guest's RAM; ask before `read` and `write`."""
 
-    def read(self, gpa: int, size: int) -> bytes:
+    def read(self, gpa: int, size: int, /) -> bytes:
         """`size` bytes from `gpa`."""
 
-    def write(self, gpa: int, data: bytes) -> None:
+    def write(self, gpa: int, data: bytes, /) -> None:
         """Put `data` at `gpa`."""
 
 
