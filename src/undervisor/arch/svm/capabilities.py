@@ -56,7 +56,7 @@ class SvmFeatures2(Register):
     x2avic_ext = Bits(6, about="4096 virtual processors in x2AVIC mode")
 
 
-# Bits that every AMD64 processor with SVM has, or whose absence no CPUID bit reports.
+# Bits of CR4 that every processor with SVM has.
 CR4_BASE: Final = (
     Cr4.vme
     | Cr4.pvi
@@ -70,7 +70,6 @@ CR4_BASE: Final = (
     | Cr4.osfxsr
     | Cr4.osxmmexcpt
 )
-EFER_BASE: Final = Efer.sce | Efer.lme | Efer.lma | Efer.nxe | Efer.svme
 
 
 @dataclass(frozen=True, slots=True)
