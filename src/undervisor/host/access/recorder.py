@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +31,13 @@ from undervisor.host.fact import Absent, Denied, Fact, Known, Missing
 from undervisor.host.redact import Redactor
 
 
+_ONLY_ENTRIES = {"/proc/1/environ": (b"\0", b"container=")}
+"""Files of which a recording keeps only entries that begin so: the rest is nobody's business."""
+
+_ONLY_LINES = {"ps": re.compile(r"\s*\d+ \S*(?:qemu|kvm)")}
+"""Commands of whose output a recording keeps only such lines."""
+
+
 class RecordingHost(Host):
     """Another host, with every answer kept."""
 
@@ -48,7 +56,7 @@ class RecordingHost(Host):
         """Read and keep."""
         fact = self._host.read_bytes(path, limit)
         if isinstance(fact, Known):
-            self._files[path] = fact.value
+            self._files[path] = _kept(path, fact.value)
         else:
             self._miss(path, fact)
         return fact
@@ -91,7 +99,7 @@ class RecordingHost(Host):
         said: dict[str, Any] = {"argv": list(argv)}
         if isinstance(fact, Known):
             said["status"] = fact.value.status
-            said["stdout"] = _lines(fact.value.stdout)
+            said["stdout"] = _lines(_kept_lines(argv[0], fact.value.stdout))
             said["stderr"] = _lines(fact.value.stderr)
         else:
             said["error"] = _error_word(fact)
@@ -202,6 +210,22 @@ class RecordingHost(Host):
             self._absent.add(path)
         else:
             self._said["errors"][path] = _error_word(fact)
+
+
+def _kept(path: str, raw: bytes) -> bytes:
+    """What of a file goes into a recording."""
+    if path not in _ONLY_ENTRIES:
+        return raw
+    separator, beginning = _ONLY_ENTRIES[path]
+    return separator.join(e for e in raw.split(separator) if e.startswith(beginning))
+
+
+def _kept_lines(command: str, text: str) -> str:
+    """What of a command's output goes into a recording."""
+    shape = _ONLY_LINES.get(command)
+    if shape is None:
+        return text
+    return "".join(line for line in text.splitlines(keepends=True) if shape.match(line))
 
 
 def _redact_json(text: str, redactor: Redactor) -> str:

@@ -1,0 +1,74 @@
+"""`undervisor check`: which layer is wrong, and what to type."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from undervisor.errors import ExitCode
+from undervisor.host.access.opening import open_host
+from undervisor.host.access.protocol import Host
+from undervisor.host.checks.engine import Examination, Verdict, examine
+from undervisor.host.facts.machine import gather
+from undervisor.report.examination import one_line, print_examination
+
+HostOption = Annotated[str, typer.Option("--host", help="A machine over SSH: user@name.")]
+GuestOption = Annotated[str, typer.Option("--guest", help="A libvirt guest, through its agent.")]
+RecordingOption = Annotated[
+    str, typer.Option("--recording", help="A folder that `undervisor record` made.")
+]
+SshConfigOption = Annotated[
+    str, typer.Option("--ssh-config", help="An ssh configuration file with ports and keys.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextlib.contextmanager
+def machine(host: str, guest: str, recording: str, ssh_config: str) -> Iterator[Host]:
+    """The machine that the options name, closed at the end."""
+    opened = open_host(host=host, guest=guest, recording=recording, ssh_config=ssh_config)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def check(
+    host: HostOption = "",
+    guest: GuestOption = "",
+    recording: RecordingOption = "",
+    ssh_config: SshConfigOption = "",
+    security: Annotated[
+        bool, typer.Option("--security", help="Also known vulnerabilities and hardening.")
+    ] = False,
+    inside: Annotated[
+        bool, typer.Option("--inside", help="One line for a CI job inside L1: is nesting usable?")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which layer keeps nested KVM from working, with the evidence and the remedy.
+
+    Exit code 0: nested KVM is usable and nothing failed. 1: it is not, or it is unknown.
+    """
+    with machine(host, guest, recording, ssh_config) as opened:
+        examination = examine(gather(opened), with_security=security)
+    if as_json:
+        json.dump(examination.as_json(), sys.stdout, indent=2)
+        print()
+    elif inside:
+        print(one_line(examination))
+    else:
+        print_examination(Console(), examination)
+    raise typer.Exit(exit_code(examination))
+
+
+def exit_code(examination: Examination) -> int:
+    """0 only where the verdict is good and no check failed."""
+    good = examination.verdict is Verdict.USABLE and examination.safe
+    return ExitCode.OK if good else ExitCode.NEGATIVE

@@ -1,0 +1,33 @@
+"""`undervisor record`: keep a machine's answers in a folder, without its secrets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from undervisor.cli.check import GuestOption, HostOption, SshConfigOption, machine
+from undervisor.host.access.recorder import RecordingHost
+from undervisor.host.checks.engine import examine
+from undervisor.host.facts.machine import gather
+
+
+def record(
+    folder: Annotated[str, typer.Argument(help="A new folder to write.")],
+    host: HostOption = "",
+    guest: GuestOption = "",
+    ssh_config: SshConfigOption = "",
+    about: Annotated[str, typer.Option(help="A sentence about the machine.")] = "",
+) -> None:
+    """Record a machine: `undervisor check --recording FOLDER` then sees it as it is now.
+
+    Serial numbers, UUIDs, addresses, names and credentials are replaced; what was is listed.
+    """
+    with machine(host, guest, "", ssh_config) as opened:
+        recorder = RecordingHost(opened)
+        examination = examine(gather(recorder), with_security=True)
+        removed = recorder.write(folder, about)
+    print(f"recorded {examination.machine} in {folder}: {examination.verdict.value}")
+    for kind, count in removed.items():
+        print(f"  removed: {count} {kind}")
+    raise typer.Exit(0)

@@ -1,0 +1,1 @@
+"""Checks: facts in, findings out; nothing here reads a machine or changes one."""

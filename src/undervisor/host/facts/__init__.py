@@ -1,0 +1,1 @@
+"""Facts about a machine: what was read and how, without judgement; `machine.gather` reads all."""
