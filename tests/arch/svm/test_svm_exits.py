@@ -2,6 +2,7 @@ import pytest
 
 from undervisor.arch.svm.exits import (
     EXIT_INFO,
+    SAVES_NEXT_RIP,
     CrAccessInfo,
     ExitCode,
     IoInfo,
@@ -17,9 +18,11 @@ from undervisor.arch.svm.intercepts import (
     INTERCEPT_OF,
     UNCONDITIONAL,
     Intercept,
+    Priority,
     intercept_mask,
     intercepts_of,
     is_intercepted,
+    priority_of,
 )
 from undervisor.arch.svm.vmcb import Vmcb, VmcbField
 from undervisor.arch.x86.events import Vector
@@ -116,3 +119,25 @@ def test_information_layouts_have_the_manual_s_bits():
     assert CrAccessInfo(1 << 63 | 7).gpr == 7
     assert TaskSwitchInfo(1 << 36 | 1 << 44 | 5).names() == ["error_code", "iret", "has_error_code"]
     assert EXIT_INFO[ExitCode.NPF][1] == "guest-physical address"
+
+
+def test_next_rip_is_saved_for_instructions_and_nothing_else():
+    assert {ExitCode.CPUID, ExitCode.MSR, ExitCode.IOIO, ExitCode.VMMCALL} <= SAVES_NEXT_RIP
+    events = {"INTR", "NMI", "SMI", "INIT", "VINTR", "EXCP_PF", "TASK_SWITCH", "SHUTDOWN", "NPF"}
+    assert not SAVES_NEXT_RIP & {ExitCode[name] for name in events}
+    assert all(code in INTERCEPT_OF for code in SAVES_NEXT_RIP)
+
+
+@pytest.mark.parametrize(
+    ("intercept", "priority"),
+    [
+        (Intercept.IRET, Priority.BEFORE_ALL),
+        (Intercept.XSETBV, Priority.BEFORE_ALL),
+        (Intercept.INVPCID, Priority.BEFORE_ALL_BUT_CPL),
+        (Intercept.GDTR_WRITE, Priority.BEFORE_MEMORY),
+        (Intercept.RDTSC, Priority.AFTER_ALL),
+        (Intercept.VMLOAD, Priority.AFTER_ALL),
+    ],
+)
+def test_an_intercept_ranks_against_exceptions_as_the_manual_says(intercept, priority):
+    assert priority_of(intercept) is priority

@@ -16,6 +16,7 @@ from undervisor.arch.rules import Outcome, Rule, Verdict, judge
 from undervisor.arch.svm.capabilities import CR4_BASE, SvmCapabilities, SvmFeatures
 from undervisor.arch.svm.capabilities import SvmFeatures2 as Features2
 from undervisor.arch.svm.intercepts import Intercept
+from undervisor.arch.svm.permissions import IOPM_SIZE, MSRPM_SIZE
 from undervisor.arch.svm.vmcb import EventInfo, NestedControl, VirtualInterrupt, Vmcb
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import EventType, Vector
@@ -33,8 +34,8 @@ NESTED: Final = "Nested Paging and VMRUN/#VMEXIT"
 POINTERS: Final = "Physical Address Pointer Restrictions"
 
 PAGE: Final = 0x1000
-IOPM_SIZE: Final = 3 * PAGE
-MSRPM_SIZE: Final = 2 * PAGE
+
+
 POINTER: Final = 0x000F_FFFF_FFFF_F000
 ABOVE_52: Final = 0xFFF0_0000_0000_0000
 S_CET_RESERVED: Final = 0xFFFF_FFFF_FFFF_FFFC

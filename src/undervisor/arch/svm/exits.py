@@ -188,6 +188,7 @@ class ExitCode(IntEnum):
     AVIC_INCOMPLETE_IPI = 0x401
     AVIC_NOACCEL = 0x402
     VMGEXIT = 0x403
+    PML_FULL = 0x407
     INVALID = -1
     BUSY = -2
     IDLE_REQUIRED = -3
@@ -258,6 +259,27 @@ class IoInfo(Register):
     def address_size(self) -> int:
         """The address's bytes of a string instruction: 2, 4 or 8."""
         return (self >> 7 & 7) << 1
+
+
+class SmiInfo(Register):
+    """EXITINFO1 of VMEXIT_SMI. APM 2 "SMI Intercept"; from `type` on only if `val` is set."""
+
+    smisrc = Bits(0, about="0: internal, by I/O trapping, 1: external")
+    mcredir = Bits(1, about="a redirected machine check")
+    segment = Bits(12, 10)
+    type = Bits(32, about="1: IN or INS, 0: OUT or OUTS")
+    val = Bits(33, about="detected during an I/O instruction")
+    string = Bits(34, about="INS or OUTS")
+    rep = Bits(35, about="repeated")
+    size8 = Bits(36)
+    size16 = Bits(37)
+    size32 = Bits(38)
+    address16 = Bits(39)
+    address32 = Bits(40)
+    address64 = Bits(41)
+    tf = Bits(43, about="EFLAGS.TF")
+    brp = Bits(47, 44, about="I/O breakpoint matches")
+    port = Bits(63, 48)
 
 
 class NestedPageFaultInfo(Register):
@@ -339,9 +361,9 @@ EXIT_INFO: Final[dict[ExitCode, tuple[str, str]]] = {
     },
     **{
         exception_exit(vector): ("error code", "")
-        for vector in Vector
-        if vector.has_error_code and vector != Vector.PF
+        for vector in (Vector.NP, Vector.SS, Vector.GP, Vector.AC, Vector.CP, Vector.SX)
     },
+    ExitCode.SMI: ("SmiInfo", "RIP of the I/O instruction, if SmiInfo.val"),
     ExitCode.EXCP_PF: ("error code", "faulting linear address"),
     ExitCode.SWINT: ("interrupt number (decode assists)", ""),
     ExitCode.INVLPG: ("linear address (decode assists)", ""),
@@ -352,3 +374,18 @@ EXIT_INFO: Final[dict[ExitCode, tuple[str, str]]] = {
     ExitCode.AVIC_INCOMPLETE_IPI: ("ICR", "AvicIpiInfo"),
     ExitCode.AVIC_NOACCEL: ("AvicNoAccelInfo", "vector of the EOI"),
 }
+
+# Exits of instruction intercepts, and of the permission maps: these save nRIP, all others clear
+# it.  #BP, #OF and #BR save it as well when INT3, INTO or BOUND raised them.
+# APM 2 "State Saved on Exit".
+SAVES_NEXT_RIP: Final = frozenset(
+    ExitCode(code)
+    for start, end in (
+        (ExitCode.CR0_READ, ExitCode.DR15_WRITE),
+        (ExitCode.CR0_SEL_WRITE, ExitCode.MSR),
+        (ExitCode.VMRUN, ExitCode.RDPRU),
+        (ExitCode.INVLPGB, ExitCode.TLBSYNC),
+        (ExitCode.IDLE_HLT, ExitCode.IDLE_HLT),
+    )
+    for code in range(start, end + 1)
+)

@@ -5,7 +5,7 @@ APM 2 "VMCB Layout, Control Area" (000h to 017h) and "Intercept Operation".
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Final
 
 from undervisor.arch.svm.exits import ExitCode
@@ -119,12 +119,73 @@ INTERCEPT_OF: Final[dict[ExitCode, Intercept]] = {
     code: intercept for intercept, code in EXITS.items()
 }
 
+
+class Priority(Enum):
+    """When an instruction looks at its intercept, relative to its own exceptions."""
+
+    BEFORE_ALL = "before all exceptions"
+    BEFORE_ALL_BUT_CPL = "before all exceptions except #GP for CPL > 0"
+    BEFORE_MEMORY = "after the exceptions that need no memory access, before those that do"
+    AFTER_ALL = "after all exceptions"
+
+
+_PRIORITIES: Final[dict[Intercept, Priority]] = {
+    **dict.fromkeys(
+        (
+            Intercept.PUSHF,
+            Intercept.POPF,
+            Intercept.RSM,
+            Intercept.IRET,
+            Intercept.INTN,
+            Intercept.VMMCALL,
+            Intercept.XSETBV,
+        ),
+        Priority.BEFORE_ALL,
+    ),
+    **dict.fromkeys(
+        (Intercept.INVLPGB, Intercept.INVLPGB_ILLEGAL, Intercept.INVPCID),
+        Priority.BEFORE_ALL_BUT_CPL,
+    ),
+    **dict.fromkeys(
+        (
+            Intercept.CR0_READ,
+            Intercept.CR0_WRITE,
+            Intercept.CR0_SEL_WRITE,
+            Intercept.CR3_READ,
+            Intercept.CR3_WRITE,
+            Intercept.IDTR_READ,
+            Intercept.GDTR_READ,
+            Intercept.LDTR_READ,
+            Intercept.TR_READ,
+            Intercept.IDTR_WRITE,
+            Intercept.GDTR_WRITE,
+            Intercept.LDTR_WRITE,
+            Intercept.TR_WRITE,
+            # Virtual-8086 mode, IOPL and the TSS's bitmap first ("IN and OUT Behavior").
+            Intercept.IOIO_PROT,
+            # CPL first; what a given MSR refuses comes after ("RDMSR and WRMSR Behavior").
+            Intercept.MSR_PROT,
+        ),
+        Priority.BEFORE_MEMORY,
+    ),
+}
+
+
+def priority_of(intercept: Intercept) -> Priority:
+    """How an instruction's intercept ranks against its exceptions. APM 2 "Instruction Intercepts".
+
+    Only for the intercepts of instructions; the others have no instruction to rank against.
+    """
+    return _PRIORITIES.get(intercept, Priority.AFTER_ALL)
+
+
 # Exits that no single intercept bit asks for, and what makes them happen.
 UNCONDITIONAL: Final[dict[ExitCode, str]] = {
     ExitCode.NPF: "NP_ENABLE in NESTED_CONTROL",
     ExitCode.AVIC_INCOMPLETE_IPI: "AVIC enable in V_INTR_CONTROL",
     ExitCode.AVIC_NOACCEL: "AVIC enable in V_INTR_CONTROL",
     ExitCode.VMGEXIT: "SEV_ES_ENABLE in NESTED_CONTROL",
+    ExitCode.PML_FULL: "PML enable in NESTED_CONTROL",
     ExitCode.INVALID: "VMRUN with an illegal state",
     ExitCode.BUSY: "VMRUN of a VMSA that is in use",
     ExitCode.IDLE_REQUIRED: "VMRUN of an SNP guest while the sibling thread is not idle",

@@ -74,6 +74,8 @@ class VmcbField(IntEnum):
     ALLOWED_SEV_FEATURES    = 0x138, 8
     GUEST_SEV_FEATURES      = 0x140, 8
     REQUESTED_IRR           = 0x150, 32
+    PML_BASE                = 0x1C8, 8
+    PML_INDEX               = 0x1D0, 2
     RESERVED_FOR_HOST       = 0x3E0, 32
 
     # The state save area, table "VMCB Layout, State Save Area"
@@ -261,6 +263,7 @@ class NestedControl(Register):
     vte_enable = Bits(5, about="Virtual Transparent Encryption")
     ro_gpt_enable = Bits(6, about="read-only guest page tables")
     invlpgb_enable = Bits(7, about="INVLPGB and TLBSYNC in the guest")
+    pml_enable = Bits(11, about="Page Modification Logging")
 
 
 class LbrControl(Register):
