@@ -156,15 +156,16 @@ class ControlCapability:
         return value & ~self.may_be_one
 
 
-NOTHING = ControlCapability(0, 0)
+ALL_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessorFacts:
-    """What the rules of VM entry need to know beside the VMX MSRs (CPUID).
+    """What the rules of VM entry need to know beside the VMX MSRs: CPUID, and the processor's own.
 
-    Each flag says that the processor supports the feature and its bits; `cr4_allowed` is not
-    here because CR4_FIXED1 says it.
+    Each flag says that the processor supports the feature and its bits; the `int`s below the
+    widths are masks of the bits that may be 1 in an MSR.  `nmi_needs_no_sti_blocking`: this
+    processor refuses to inject an NMI while events are blocked by STI, as the manual allows.
     """
 
     physical_address_width: int = 46
@@ -187,6 +188,7 @@ class ProcessorFacts:
     lbr_ctl: int = 0x0000_0000_007F_000F
     spec_ctrl: int = 0x0000_07F7
     fred: bool = True
+    nmi_needs_no_sti_blocking: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +207,32 @@ class VmxCapabilities:
     controls: Mapping[VmcsField, ControlCapability]
     processor: ProcessorFacts = field(default_factory=ProcessorFacts)
 
-    @property
-    def physical_address_width(self) -> int:
-        """MAXPHYADDR, or 32 where IA32_VMX_BASIC limits VMX addresses to 32 bits."""
-        return 32 if self.basic.addresses_32_bit else self.processor.physical_address_width
+    # Derived once, because every VM entry asks for them: the width of addresses in VMX
+    # structures, the bits beyond it and beyond MAXPHYADDR, and the bounds of the
+    # non-canonical hole.
+    physical_address_width: int = field(init=False)
+    beyond_width: int = field(init=False)
+    beyond_maxphyaddr: int = field(init=False)
+    canonical_below: int = field(init=False)
+    canonical_from: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        processor = self.processor
+        width = 32 if self.basic.addresses_32_bit else processor.physical_address_width
+        half = 1 << processor.linear_address_width - 1
+        derived = {
+            "physical_address_width": width,
+            "beyond_width": ALL_BITS >> width << width,
+            "beyond_maxphyaddr": ALL_BITS & ~((1 << processor.physical_address_width) - 1),
+            "canonical_below": half,
+            "canonical_from": (1 << 64) - half,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def is_canonical(self, address: int) -> bool:
+        """Whether the bits above the linear-address width all equal the highest bit within."""
+        return address < self.canonical_below or address >= self.canonical_from
 
     @classmethod
     def from_msrs(
@@ -301,7 +325,7 @@ CURRENT_PROCESSOR = VmxCapabilities(
     cr0_fixed0=0x8000_0021,
     cr0_fixed1=0xFFFF_FFFF,
     cr4_fixed0=0x0000_2000,
-    cr4_fixed1=0x1_1BFF_FFFF,
+    cr4_fixed1=0x1_1BFF_7FFF,
     ept_vpid=EptVpidCapability(
         EptVpidCapability.DECLARED & ~EptVpidCapability.hlat_prefix_size | 52 << 48
     ),

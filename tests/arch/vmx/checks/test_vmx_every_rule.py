@@ -1,0 +1,150 @@
+"""Every rule of VM entry, broken alone from a valid state; the recipes are in `boundary`."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+
+from undervisor.arch.rules import Outcome
+from undervisor.arch.vmx.boundary import BREAKS, MODES, valid_state
+from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR
+from undervisor.arch.vmx.checks import ENTRY_RULES, RULES, check_vm_entry, first_failure
+from undervisor.arch.vmx.checks.inputs import EntryInput
+from undervisor.arch.vmx.checks.msr_lists import ListedMsr
+from undervisor.arch.vmx.errors import VmInstructionError
+from undervisor.arch.vmx.exits import EntryFailureQualification, ExitReason
+from undervisor.arch.vmx.fields import VmcsField
+
+BY_ID = {rule.id: rule for rule in RULES}
+INPUTS = [*VmcsField, *EntryInput, *ListedMsr]
+
+
+class Recorder(dict):
+    """A state that remembers what was read of it."""
+
+    def __init__(self, state: Mapping[int, int]):
+        super().__init__(state)
+        self.seen: set[int] = set()
+
+    def __getitem__(self, key: int) -> int:
+        self.seen.add(int(key))
+        return super().__getitem__(key)
+
+
+def test_there_are_as_many_rules_as_promised():
+    assert len(RULES) >= 220
+
+
+def test_ids_are_unique():
+    assert [name for name, n in Counter(rule.id for rule in RULES).items() if n > 1] == []
+
+
+def test_every_rule_has_a_recipe_that_breaks_it():
+    assert {rule.id for rule in ENTRY_RULES} == set(BREAKS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_valid_state_breaks_nothing_and_is_checked_whole(mode):
+    verdict = check_vm_entry(valid_state(mode))
+    assert [str(violation) for violation in verdict.broken] == []
+    assert verdict.unchecked == []
+    assert first_failure(valid_state(mode)) is None
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_the_broken_rule_is_named_and_no_other(rule):
+    how = BREAKS[rule]
+    verdict = check_vm_entry(how.state(), how.capabilities)
+    assert {violation.rule.id for violation in verdict.broken} == {rule} | how.also
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_the_recipe_starts_from_a_state_that_the_processor_enters(rule):
+    """Where only the capabilities differ, the same state is valid with all of them."""
+    how = BREAKS[rule]
+    if how.capabilities is not CURRENT_PROCESSOR:
+        broken = check_vm_entry(how.state(), CURRENT_PROCESSOR).broken
+        assert {v.rule.id for v in broken} <= {rule}
+    assert BY_ID[rule].assumes or how.capabilities is CURRENT_PROCESSOR
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_a_rule_reads_only_what_it_declares(rule):
+    for mode in MODES:
+        state = Recorder(valid_state(mode))
+        BY_ID[rule].holds(state, CURRENT_PROCESSOR)
+        assert state.seen <= set(BY_ID[rule].reads)
+    for how in BREAKS.values():
+        if how.mode == BREAKS[rule].mode:
+            state = Recorder(how.state())
+            BY_ID[rule].holds(state, how.capabilities)
+            assert state.seen <= set(BY_ID[rule].reads)
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_without_the_field_to_blame_the_rule_is_not_checked(rule):
+    state = BREAKS[rule].state()
+    del state[BY_ID[rule].reads[0]]
+    verdict = check_vm_entry(state, BREAKS[rule].capabilities)
+    assert rule in {unchecked.id for unchecked in verdict.unchecked}
+    assert rule not in {violation.rule.id for violation in verdict.broken}
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_the_processor_fails_the_entry_as_the_rule_says(rule):
+    how = BREAKS[rule]
+    failure = first_failure(how.state(), how.capabilities)
+    assert failure.violation.rule.id in {rule} | how.also
+    outcome = BY_ID[rule].outcome
+    if rule.startswith("vmx.controls"):
+        assert outcome is Outcome.FAIL_CONTROL
+        assert failure.error is VmInstructionError.ENTRY_WITH_INVALID_CONTROL_FIELDS
+    elif rule.startswith("vmx.host"):
+        assert outcome is Outcome.FAIL_HOST
+        assert failure.error is VmInstructionError.ENTRY_WITH_INVALID_HOST_STATE_FIELDS
+    else:
+        assert failure.error is None
+        assert failure.exit_reason is ExitReason.ENTRY_FAILURE_INVALID_GUEST_STATE
+
+
+QUALIFICATIONS = {
+    "vmx.guest.pdpte": EntryFailureQualification.PDPTE_LOADING,
+    "vmx.guest.link.": EntryFailureQualification.VMCS_LINK_POINTER,
+    "vmx.guest.interruptibility.nmi-sti": EntryFailureQualification.NMI_INTO_BLOCKING_BY_STI,
+}
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_only_some_guest_rules_have_a_qualification_of_their_own(rule):
+    expected = next((q for prefix, q in QUALIFICATIONS.items() if rule.startswith(prefix)), 0)
+    assert BY_ID[rule].qualification == expected
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+def test_a_rule_says_what_it_is_and_what_to_do(rule):
+    assert rule.id.startswith("vmx.")
+    assert len(rule.text) > 20
+    assert rule.section
+    assert rule.remedy
+    assert rule.reads
+    assert set(rule.reads) <= set(INPUTS)
+
+
+def test_all_broken_rules_are_named_at_once():
+    state = valid_state()
+    state[VmcsField.GUEST_RFLAGS] = 0
+    state[VmcsField.HOST_TR_SELECTOR] = 0
+    state[VmcsField.VMCS_LINK_POINTER] = 0xFFFF_FFFF
+    broken = {violation.rule.id for violation in check_vm_entry(state).broken}
+    assert broken == {
+        "vmx.host.tr.null",
+        "vmx.guest.rflags.bit-1",
+        "vmx.guest.link.aligned",
+    }
+
+
+def test_a_violation_shows_the_values():
+    state = valid_state() | {VmcsField.GUEST_RFLAGS: 0}
+    (violation,) = check_vm_entry(state).broken
+    assert "GUEST_RFLAGS = 0x0" in str(violation)
+    assert "Checks on Guest RIP, RFLAGS, and SSP" in str(violation)
