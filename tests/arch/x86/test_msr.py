@@ -12,55 +12,13 @@ from undervisor.arch.x86.registers import Efer
 
 NON_CANONICAL = 0x8000_0000_0000
 ALL_ONES = (1 << 64) - 1
-INTEL = Processor(
-    Vendor.INTEL,
-    frozenset(
-        [
-            "msr",
-            "tsc",
-            "apic",
-            "x2apic",
-            "mtrr",
-            "pat",
-            "mca",
-            "lm",
-            "nx",
-            "syscall",
-            "sep",
-            "vmx",
-            "rdtscp",
-            "monitor",
-            "xsaves",
-            "spec-ctrl",
-            "stibp",
-            "ssbd",
-            "arch-capabilities",
-            "tsc-deadline",
-            "tsc-adjust",
-        ]
-    ),
-)
-AMD = Processor(
-    Vendor.AMD,
-    frozenset(
-        [
-            "msr",
-            "tsc",
-            "apic",
-            "mtrr",
-            "pat",
-            "mca",
-            "lm",
-            "nx",
-            "syscall",
-            "sep",
-            "svm",
-            "svm-lock",
-            "rdtscp",
-            "ibpb",
-        ]
-    ),
-)
+INTEL_FEATURES = """
+    msr tsc apic x2apic mtrr pat mca lm nx syscall sep vmx rdtscp monitor xsaves
+    spec-ctrl stibp ssbd arch-capabilities tsc-deadline tsc-adjust
+"""
+AMD_FEATURES = "msr tsc apic mtrr pat mca lm nx syscall sep svm svm-lock rdtscp ibpb"
+INTEL = Processor(Vendor.INTEL, frozenset(INTEL_FEATURES.split()))
+AMD = Processor(Vendor.AMD, frozenset(AMD_FEATURES.split()))
 BARE = Processor(Vendor.INTEL, frozenset())
 
 

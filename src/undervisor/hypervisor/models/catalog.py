@@ -15,7 +15,7 @@ from undervisor.hypervisor.models.leaves import Identity
 from undervisor.hypervisor.models.model import CpuModel
 from undervisor.hypervisor.models.support import SUPPORTED
 
-_AMD_HABITS = frozenset(["mmxext", "sse4a", "cmp-legacy", "topoext"]) | {
+_AMD_HABITS = frozenset(["mmxext", "sse4a"]) | {
     name for name, feature in BY_NAME.items() if feature.leaf == Leaf.ADDRESS_WIDTHS
 }
 """Features without a vendor of their own that only AMD's processors have."""

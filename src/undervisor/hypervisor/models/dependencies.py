@@ -152,6 +152,8 @@ NEEDS: Final[dict[str, frozenset[str]]] = _derived()
 ONLY: Final[dict[str, Vendor]] = {
     **{f.name: Vendor.AMD for f in FEATURES if f.leaf == Leaf.SVM or f.name in ("svm", "skinit")},
     **{f.name: Vendor.INTEL for f in VMX_FEATURES},
+    "topoext": Vendor.AMD,
+    "cmp-legacy": Vendor.AMD,
     "vmx": Vendor.INTEL,
     "arch-capabilities": Vendor.INTEL,
     **dict.fromkeys(ARCH_CAPABILITIES, Vendor.INTEL),

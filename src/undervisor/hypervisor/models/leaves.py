@@ -148,7 +148,9 @@ class Leaves:
         amd = processor.vendor is Vendor.AMD
         fixed = self._common() | (self._amd() if amd else self._intel())
         dynamic = self._common_dynamic() | (self._amd_dynamic() if amd else self._intel_dynamic())
-        self._fixed = {leaf: answer for leaf, answer in fixed.items() if self._offers(leaf)}
+        self._fixed = {
+            leaf: Answer(*map(int, answer)) for leaf, answer in fixed.items() if self._offers(leaf)
+        }
         self._dynamic = {leaf: answer for leaf, answer in dynamic.items() if self._offers(leaf)}
 
     def answer(self, leaf: int, subleaf: int, state: CpuidState) -> Answer:
@@ -252,7 +254,7 @@ class Leaves:
                 self._word(0x80000001, 0, Output.EDX),
             ),
             Leaf.L2_L3_CACHE_AND_TLB: _INTEL_L2,
-            Leaf.ADDRESS_WIDTHS: Answer(widths),
+            Leaf.ADDRESS_WIDTHS: Answer(widths, self._word(0x80000008, 0, Output.EBX)),
         }
 
     def _intel_dynamic(self) -> dict[int, Dynamic]:
@@ -327,10 +329,10 @@ class Leaves:
         """Leaf 0Bh: one thread per core, all cores in one package."""
         if subleaf == 0:
             level = cpuid.TopologyLevel.of(level=0, level_type=cpuid.TopologyType.SMT)
-            return Answer(0, 1, level, state.apic_id)
+            return Answer(0, 1, int(level), state.apic_id)
         if subleaf == 1:
             level = cpuid.TopologyLevel.of(level=1, level_type=cpuid.TopologyType.CORE)
-            return Answer(_width(state.cpus), state.cpus, level, state.apic_id)
+            return Answer(_width(state.cpus), state.cpus, int(level), state.apic_id)
         return Answer(0, 0, subleaf & 0xFF, state.apic_id)
 
     def _caches(self, subleaf: int, state: CpuidState) -> Answer:
@@ -349,7 +351,7 @@ class Leaves:
             cores=min(ids - 1, 63) if vendor is Vendor.INTEL else 0,
         )
         geometry = cpuid.CacheGeometry.of(line_size=LINE - 1, partitions=0, ways=cache.ways - 1)
-        return Answer(parameters, geometry, cache.sets - 1, 0)
+        return Answer(int(parameters), int(geometry), cache.sets - 1, 0)
 
     def _amd_widths(self, _subleaf: int, state: CpuidState) -> Answer:
         """Leaf 8000_0008h."""
@@ -357,8 +359,8 @@ class Leaves:
             physical=self.processor.physical_width, linear=self.processor.linear_width
         )
         cores = cpuid.CoreCount.of(threads=state.cpus - 1, apic_id_size=_width(state.cpus))
-        return Answer(widths, self._word(0x80000008, 0, Output.EBX), cores, 0)
+        return Answer(int(widths), self._word(0x80000008, 0, Output.EBX), int(cores), 0)
 
     def _topology_extensions(self, _subleaf: int, state: CpuidState) -> Answer:
         """Leaf 8000_001Eh."""
-        return Answer(state.apic_id, cpuid.ComputeUnit.of(core_id=state.apic_id & 0xFF), 0, 0)
+        return Answer(state.apic_id, int(cpuid.ComputeUnit.of(core_id=state.apic_id & 0xFF)), 0, 0)

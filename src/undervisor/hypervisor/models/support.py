@@ -148,7 +148,7 @@ UNSUPPORTED: dict[str, str] = _each(
             "vmx-tertiary-ctls vmx-exit-secondary-ctls vmx-ept-advanced-exitinfo "
             "vmx-mbec vmx-spp vmx-pasid vmx-bus-lock-detection vmx-instruction-timeout "
             "vmx-exit-clear-bndcfgs vmx-entry-load-bndcfgs vmx-entry-load-fred "
-            "vmx-nested-exception"
+            "vmx-entry-load-spec-ctrl vmx-nested-exception"
         ),
         "the silicon decides by the vector whether an error code is pushed": "vmx-any-errcode",
         "speculation is not to be imitated": "rsba",

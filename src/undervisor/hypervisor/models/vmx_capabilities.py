@@ -197,7 +197,7 @@ FIELD_NEEDS: Final[dict[VmcsField, tuple[str, ...]]] = {
     _F.GUEST_RTIT_CTL: ("vmx-entry-load-rtit-ctl", "vmx-exit-clear-rtit-ctl"),
     _F.GUEST_LBR_CTL: ("vmx-entry-load-lbr-ctl", "vmx-exit-clear-lbr-ctl"),
     _F.GUEST_PKRS: ("vmx-entry-load-pkrs",),
-    _F.GUEST_SPEC_CTRL: ("vmx-exit-secondary-ctls",),
+    _F.GUEST_SPEC_CTRL: ("vmx-entry-load-spec-ctrl",),
     _F.GUEST_DEADLINE: ("vmx-tertiary-ctls",),
     _F.HOST_PAT: ("vmx-exit-load-pat",),
     _F.HOST_EFER: ("vmx-exit-load-efer",),

@@ -153,6 +153,7 @@ _ENTRY = {
     "vmx-entry-load-lbr-ctl": c.EntryControls.load_lbr_ctl,
     "vmx-entry-load-pkrs": c.EntryControls.load_pkrs,
     "vmx-entry-load-fred": c.EntryControls.load_fred,
+    "vmx-entry-load-spec-ctrl": c.EntryControls.load_spec_ctrl,
 }
 
 _BASIC = {
