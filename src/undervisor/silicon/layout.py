@@ -47,7 +47,7 @@ class Env(IntEnum):
     CR2 = 440
     CR3 = 448
     CR4 = 456
-    XCR0 = 512
+    XCR0 = 4904
     EFER = 592
     XMM = 824
     SYSENTER_CS = 4800

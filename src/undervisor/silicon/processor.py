@@ -22,6 +22,7 @@ import unicorn.x86_const as public
 from undervisor.arch.svm.vmcb import Vmcb, VmcbField
 from undervisor.errors import SiliconDied
 from undervisor.silicon import fixes, glue, layout, library
+from undervisor.silicon.fpu import Fpu
 from undervisor.silicon.layout import STATE_SIZE, Env
 from undervisor.silicon.memory import Memory
 from undervisor.silicon.state import State
@@ -59,14 +60,14 @@ class Processor:
     def __init__(self, memory: Memory) -> None:
         library.check_version()
         self.memory = memory
-        self._engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
-        self._engine.ctl_set_cpu_model(public.UC_CPU_X86_EPYC)
+        self.engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self.engine.ctl_set_cpu_model(public.UC_CPU_X86_EPYC)
         for start, size, pointer in memory.regions():
-            self._engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, pointer)
-        self._handle = _handle(self._engine)
+            self.engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, pointer)
+        self._handle = _handle(self.engine)
         self.state = State(self._handle)
         self._cpu, self._env = self.state.cpu, self.state.env
-        layout.verify(self._engine, self.state.bytes)
+        layout.verify(self.engine, self.state.bytes)
         self._error: BaseException | None = None
         self._on_exit: OnExit = lambda code: STOP
         self._callback = _CALLBACK(self._leave)
@@ -75,6 +76,7 @@ class Processor:
         self._glue = self._compile()
         self._hook()
         self._initial = bytes(self.state.bytes)
+        self.fpu = Fpu(self)
         memory.code_changed = self.invalidate_code
 
     # -- building -----------------------------------------------------------------------------
@@ -260,6 +262,11 @@ class Processor:
             return 0
         self.memory.set_u64(where, 0)
         return event
+
+    @property
+    def window_requested(self) -> bool:
+        """Whether `request_window` stands."""
+        return bool(self.state.interrupt_request.value & layout.INTERRUPT_VIRTUAL)
 
     def request_window(self, wanted: bool) -> None:
         """Ask for (or forget) an exit 0x64 as soon as the guest can take an interrupt."""

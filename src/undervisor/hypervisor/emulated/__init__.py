@@ -1,0 +1,1 @@
+"""Instructions that a model has and the silicon lacks, emulated at their #UD."""

@@ -1,0 +1,116 @@
+"""IN, OUT, INS and OUTS: the permission check that the silicon leaves out, and the port bus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Code
+
+from undervisor.arch.svm.exits import IoInfo
+from undervisor.arch.x86.events import GP0, Fault
+from undervisor.arch.x86.registers import Cr0, Rflags
+from undervisor.hypervisor import decode
+from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.verdict import ADVANCE, RESUME, Inject, Verdict
+from undervisor.silicon.layout import Env
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.vcpu import Vcpu
+
+_INS: Final = (Code.INSB_M8_DX, Code.INSW_M16_DX, Code.INSD_M32_DX)
+_OUTS: Final = (Code.OUTSB_DX_M8, Code.OUTSW_DX_M16, Code.OUTSD_DX_M32)
+_MASKS: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
+_MASK64: Final = (1 << 64) - 1
+# A repeated string instruction may be interrupted between any two iterations: it exits again.
+_MOST_ITERATIONS: Final = 4096
+_TSS_IO_MAP: Final = 102
+_TSS32_TYPES: Final = (9, 11)
+
+
+def access(vcpu: Vcpu, exit: Exit) -> Verdict:
+    """An I/O instruction; EXITINFO1 has the port, the size and the direction."""
+    info = exit.info1
+    port, size = info >> 16, info >> 4 & 7
+    if not permitted(vcpu, port, size):
+        return Inject(GP0)
+    data = decode.fetch(vcpu)
+    length = _PLAIN.get(data[0]) or (data[0] == 0x66 and _PLAIN.get(data[1], -1) + 1)
+    if not length:
+        return _string(vcpu, port, size, bool(info & IoInfo.in_))
+    _transfer(vcpu, port, size, bool(info & IoInfo.in_))
+    return ADVANCE[length]
+
+
+# IN and OUT by first byte, and their length.
+_PLAIN: Final = {0xEC: 1, 0xED: 1, 0xEE: 1, 0xEF: 1, 0xE4: 2, 0xE5: 2, 0xE6: 2, 0xE7: 2}
+
+
+def permitted(vcpu: Vcpu, port: int, size: int) -> bool:
+    """SDM 1 "I/O Protection": IOPL, then the TSS's permission bit map."""
+    state = vcpu.state
+    rflags = state.q[17]
+    if not state.cr0 & Cr0.pe:
+        return True
+    if not rflags & Rflags.vm and state.cpl <= rflags >> 12 & 3:
+        return True
+    _, attributes, limit, base = state.segment(Env.TR)
+    if attributes & 0xF not in _TSS32_TYPES or limit < _TSS_IO_MAP + 1:
+        return False
+    pointer = vcpu.read_gva_system(base + _TSS_IO_MAP, 2)
+    offset = int.from_bytes(pointer, "little") + port // 8
+    if offset + 1 > limit:
+        return False
+    bits = int.from_bytes(vcpu.read_gva_system(base + offset, 2), "little")
+    return not bits >> port % 8 & (1 << size) - 1
+
+
+def _transfer(vcpu: Vcpu, port: int, size: int, is_in: bool) -> None:
+    """One IN to, or OUT from, AL, AX or EAX."""
+    q, ports, mask = vcpu.state.q, vcpu.machine.platform.ports, _MASKS[size]
+    if not is_in:
+        ports.write(port, size, q[0] & mask)
+    elif size == 4:
+        q[0] = ports.read(port, 4)
+    else:
+        q[0] = q[0] & ~mask & _MASK64 | ports.read(port, size)
+
+
+def _string(vcpu: Vcpu, port: int, size: int, is_in: bool) -> Verdict:
+    """INS or OUTS, all iterations up to a bound."""
+    decoded = decode.instruction(vcpu)
+    if decoded.code not in _INS and decoded.code not in _OUTS:
+        _transfer(vcpu, port, size, is_in)
+        return ADVANCE[decoded.len]
+    repeated = decoded.has_rep_prefix or decoded.has_repne_prefix
+    mask = decode.string_address_mask(vcpu, decoded)
+    q, counter = vcpu.state.q, 1
+    for _ in range(_MOST_ITERATIONS if repeated else 1):
+        if repeated and not q[counter] & mask:
+            return ADVANCE[decoded.len]
+        fault = _iterate(vcpu, decoded, port, size, is_in)
+        if fault:
+            return Inject(fault)
+        if repeated:
+            q[counter] = decode.merge(q[counter], q[counter] - 1, mask)
+    finished = not repeated or not q[counter] & mask
+    return ADVANCE[decoded.len] if finished else RESUME
+
+
+def _iterate(
+    vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool
+) -> Fault | None:
+    """One iteration of INS or OUTS."""
+    ports = vcpu.machine.platform.ports
+    index = 7 if is_in else 6
+    where = decode.linear_address(vcpu, decoded, 0 if is_in else 1)
+    if is_in:
+        fault = vcpu.write_gva(where, ports.read(port, size).to_bytes(size, "little"))
+        if fault:
+            return fault
+    else:
+        data = vcpu.read_gva(where, size)
+        if isinstance(data, Fault):
+            return data
+        ports.write(port, size, int.from_bytes(data, "little"))
+    decode.step_index(vcpu, decoded, index, size)
+    return None

@@ -1,0 +1,441 @@
+"""The machine: memory, processors, platform and time; and the loop that runs it.
+
+The loop is: silicon exit -> `Exit` -> (in L2: does L1 want it?) -> handler from a table ->
+`Verdict`.  It runs inside the silicon's exit callback, so that going on costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from undervisor.arch.svm.intercepts import Intercept, intercept_mask
+from undervisor.arch.svm.vmcb import VmcbField
+from undervisor.arch.x86.boot import BootState
+from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, combine
+from undervisor.hypervisor import events
+from undervisor.hypervisor.devices.clock import Clock
+from undervisor.hypervisor.devices.ends import EndOfRun
+from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.exits import EXITS
+from undervisor.hypervisor.models import CpuModel
+from undervisor.hypervisor.models.leaves import CpuidState
+from undervisor.hypervisor.nested import GuestExit
+from undervisor.hypervisor.nested.vendors import nested_for
+from undervisor.hypervisor.nested_paging import identity
+from undervisor.hypervisor.platform import Features, Platform
+from undervisor.hypervisor.trace import NO_TRACE, Tracer
+from undervisor.hypervisor.vcpu import Activity, Vcpu
+from undervisor.hypervisor.verdict import (
+    SWITCHED,
+    Ending,
+    Halt,
+    Inject,
+    Outcome,
+    Resume,
+    Stop,
+    Switched,
+    Verdict,
+    Yield,
+)
+from undervisor.silicon.memory import Memory
+from undervisor.silicon.processor import RESUME as RUN_ON
+from undervisor.silicon.processor import STOP as LEAVE
+from undervisor.silicon.processor import Processor, SiliconVmcb
+
+MAX_CPUS: Final = 8
+
+# The deterministic clock.  The TSC ticks once a nanosecond; a block of guest code is a few
+# instructions, and an exit costs a guest about a microsecond, as on silicon.
+BLOCK_NS: Final = 8
+EXIT_NS: Final = 1000
+SLICE_BLOCKS: Final = 20_000
+LONGEST_SLICE: Final = 2_000_000
+_FOREVER: Final = 1 << 62
+
+ROM: Final = ((0xC0000, 0x100000),)
+
+# What L0 wants to know of L1, whatever L1 runs.
+_L1_INTERCEPTS: Final = intercept_mask(
+    Intercept.CR0_WRITE,
+    Intercept.CR3_WRITE,
+    Intercept.CR4_WRITE,
+    Intercept.CR8_READ,
+    Intercept.CR8_WRITE,
+    Intercept.DR4_READ,
+    Intercept.DR5_READ,
+    *(i for i in Intercept if Intercept.DR0_WRITE <= i <= Intercept.DR7_WRITE),
+    Intercept.EXCP_UD,
+    Intercept.INTR,
+    Intercept.NMI,
+    Intercept.SMI,
+    Intercept.INIT,
+    Intercept.VINTR,
+    Intercept.RDTSC,
+    Intercept.RDPMC,
+    Intercept.CPUID,
+    Intercept.RSM,
+    Intercept.INVD,
+    Intercept.PAUSE,
+    Intercept.HLT,
+    Intercept.INVLPGA,
+    Intercept.MSR_PROT,
+    Intercept.SHUTDOWN,
+    Intercept.VMRUN,
+    Intercept.VMMCALL,
+    Intercept.VMLOAD,
+    Intercept.VMSAVE,
+    Intercept.STGI,
+    Intercept.CLGI,
+    Intercept.SKINIT,
+    Intercept.ICEBP,
+    Intercept.WBINVD,
+    Intercept.MONITOR,
+    Intercept.MWAIT,
+)
+
+
+class Machine:
+    """A PC for L1: RAM, one to eight processors of one model, a platform, virtual time.
+
+    `run` runs it until something ends the run.  It can be run again after a stop of the caller's
+    own (`request_stop`).
+    """
+
+    def __init__(
+        self,
+        model: CpuModel,
+        *,
+        memory_size: int = 256 << 20,
+        cpus: int = 1,
+        command_line: str = "",
+        serial: Callable[[bytes], None] = lambda data: None,
+        tracer: Tracer = NO_TRACE,
+        quirks: Iterable[str] = (),
+    ) -> None:
+        if not 1 <= cpus <= MAX_CPUS:
+            raise ValueError(f"{cpus} processors: 1 to {MAX_CPUS} are possible")
+        self.model = model
+        self.quirks = frozenset(quirks)
+        self.tracer = tracer
+        self.memory = Memory(memory_size)
+        self.processor = Processor(self.memory)
+        self.npt01 = identity(self.memory, ROM)
+        self.clock = Clock(self.now)
+        self._exits = 0
+        self._skipped = 0
+        self._slice_end = 0
+        self._wall_limit = _FOREVER * 1.0
+        self._outcome: Outcome | None = None
+        self.step_blocks = 0
+        self._random = random.Random(0)
+        self.vcpus = [Vcpu(self, index) for index in range(cpus)]
+        self.platform = Platform(
+            self.clock,
+            self.vcpus,
+            self.memory,
+            memory_size,
+            serial_sink=serial,
+            on_end=self._guest_ended,
+            command_line=command_line,
+            features=Features(
+                x2apic=model.has("x2apic"),
+                tsc_deadline=model.has("tsc-deadline"),
+                physical_address_bits=model.physical_width,
+                signature=model.cpuid(1, 0, CpuidState())[0],
+            ),
+        )
+        for gpa, data in self.platform.tables():
+            self.memory.write(gpa, data)
+        for vcpu, lapic in zip(self.vcpus, self.platform.lapics, strict=True):
+            vcpu.lapic = lapic
+            vcpu.exit = Exit(vcpu)
+            self._prepare(vcpu.vmcb01)
+            vcpu.nested = nested_for(vcpu)
+        self.current = self.vcpus[0]
+
+    def _prepare(self, vmcb: SiliconVmcb) -> None:
+        """The controls of L1's VMCB."""
+        vmcb.b[0:24] = b"".join(word.to_bytes(4, "little") for word in _L1_INTERCEPTS)
+        vmcb.n_cr3 = self.npt01.root
+        vmcb.nested_control = 1
+        vmcb.guest_asid = 1
+        vmcb.msrpm_base_pa = self.all_msrs()
+
+    def all_msrs(self) -> int:
+        """An MSR permission map that intercepts every access; two contiguous private pages."""
+        if not hasattr(self, "_msrpm"):
+            first, second = self.memory.allocate(), self.memory.allocate()
+            assert second == first + 4096, "private frames come in order at start-up"
+            for frame in (first, second):
+                self.memory.view(frame)[:] = b"\xff" * 4096
+            self._msrpm = first
+        return self._msrpm
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def now(self) -> int:
+        """Virtual time in nanoseconds since power-on; the TSC before offsets."""
+        return self.processor.blocks * BLOCK_NS + self._exits * EXIT_NS + self._skipped
+
+    @property
+    def exits(self) -> int:
+        """How many exits there have been."""
+        return self._exits
+
+    # -- running -------------------------------------------------------------------------------
+
+    def boot(self, boot: BootState) -> None:
+        """Put the first processor at the start of an image; the others wait for SIPI."""
+        for vcpu in reversed(self.vcpus):
+            vcpu.start(boot) if vcpu.index == 0 else self._park_waiting(vcpu)
+        self.current = self.vcpus[0]
+
+    def _park_waiting(self, vcpu: Vcpu) -> None:
+        self.processor.reset()
+        vcpu.reset()
+        self.processor.load(vcpu.vmcb01)
+        self.processor.load_extra(vcpu.vmcb01)
+        vcpu.activity = Activity.WAIT_FOR_SIPI
+        vcpu.parked = self.processor.park()
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Run until the guest ends, dies, idles for ever, or `timeout` seconds have passed."""
+        self._outcome = None
+        if timeout is not None:
+            self._wall_limit = time.monotonic() + timeout
+        self._slice_end = self.processor.blocks + SLICE_BLOCKS
+        while self._outcome is None:
+            self.processor.run(self._on_exit, self._budget())
+        self.platform.flush()
+        return self._outcome
+
+    def request_stop(self, outcome: Outcome | None = None) -> None:
+        """End the run at the next exit; from a device, a tracer or another thread."""
+        self._outcome = outcome or Outcome(Ending.STOPPED, "stopped by the caller")
+        self.processor.kick()
+
+    def _guest_ended(self, end: EndOfRun) -> None:
+        text = f"the guest ended the run: {end.reason.value}"
+        self._outcome = Outcome(Ending.GUEST, text, end.status)
+
+    def _on_exit(self, code: int) -> int:
+        """One #VMEXIT of the silicon; the action to go on with."""
+        self._exits += 1
+        vcpu = self.current
+        exit = vcpu.exit
+        exit.take(code)
+        tracing = self.tracer.wants
+        before = self.tracer.before(vcpu, exit) if tracing else None
+        verdict = self._decide(vcpu, exit)
+        if tracing:
+            self.tracer.after(vcpu, exit, before, verdict)
+        action = self._apply(vcpu, exit, verdict)
+        if self._outcome is not None:
+            return LEAVE
+        if action == RUN_ON:
+            action = self._attend(vcpu)
+        self.processor.set_budget(self._budget())
+        return action
+
+    def _decide(self, vcpu: Vcpu, exit: Exit) -> Verdict:
+        """Who handles the exit, and what is to be done."""
+        try:
+            if vcpu.in_l2:
+                nested = vcpu.nested
+                verdict = nested.reflect(vcpu, exit)
+                if verdict is not None:
+                    return verdict
+                handler = nested.l2_exits.get(exit.code) or EXITS.get(exit.code)
+            else:
+                handler = vcpu.nested.l1_exits.get(exit.code) or EXITS.get(exit.code)
+            if handler is None:
+                return _unknown(vcpu, exit)
+            return handler(vcpu, exit)
+        except GuestFault as fault:
+            return Inject(fault.fault)
+        except GuestExit as left:
+            return left.verdict
+
+    def _apply(self, vcpu: Vcpu, exit: Exit, verdict: Verdict) -> int:
+        """Carry out a verdict; the silicon's action."""
+        kind = verdict.__class__
+        if kind is Resume:
+            if verdict.advance:  # type: ignore[union-attr]
+                return vcpu.advance(verdict.advance)  # type: ignore[union-attr]
+            return self._redeliver(vcpu, exit.event) if exit.event else RUN_ON
+        if isinstance(verdict, Switched):
+            return verdict.deliver
+        if isinstance(verdict, Inject):
+            return self._inject(vcpu, exit, verdict.fault)
+        if isinstance(verdict, Halt):
+            action = vcpu.advance(verdict.advance)
+            vcpu.activity = Activity.HALTED
+            vcpu.attention = True
+            return action
+        if isinstance(verdict, Yield):
+            self._slice_end = 0
+            return vcpu.advance(verdict.advance)
+        assert isinstance(verdict, Stop)
+        self._outcome = verdict.outcome
+        return LEAVE
+
+    def _inject(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> int:
+        """Deliver a fault, combined with the event in whose delivery it happened."""
+        if exit.event and exit.event >> 8 & 7 == EventType.EXCEPTION:
+            combined = combine(exit.event & 0xFF, fault)
+            if combined is None:
+                return self._apply(vcpu, exit, self._decide_shutdown(vcpu, exit))
+            fault = combined
+        if vcpu.in_l2:
+            reflected = vcpu.nested.reflect_fault(vcpu, exit, fault.vector)
+            if reflected is not None:
+                return self._apply(vcpu, exit, reflected)
+        return vcpu.inject(fault)
+
+    def _decide_shutdown(self, vcpu: Vcpu, exit: Exit) -> Verdict:
+        exit.code, exit.event = Vector.DF, 0
+        exit.code = 0x7F
+        return self._decide(vcpu, exit)
+
+    def _redeliver(self, vcpu: Vcpu, event: int) -> int:
+        """L0 has repaired what interrupted an event's delivery: deliver it again."""
+        vector, kind = event & 0xFF, event >> 8 & 7
+        processor = vcpu.processor
+        if kind == EventType.EXTERNAL_INTERRUPT:
+            return processor.inject_interrupt(vector)
+        if kind == EventType.NMI:
+            return processor.inject_nmi()
+        if kind == EventType.EXCEPTION:
+            return processor.inject_exception(vector, event >> 32 if event & 0x800 else None)
+        return processor.inject_software(
+            vector, vcpu.state.next_rip - vcpu.state.rip, EventType(kind)
+        )
+
+    # -- scheduling ----------------------------------------------------------------------------
+
+    def _attend(self, vcpu: Vcpu) -> int:
+        """Timers, pending events and the other processors; the silicon's action."""
+        deadline = self.clock.next_deadline()
+        if deadline is not None and deadline <= self.now():
+            self.clock.run_due()
+        own = vcpu.nested.deadline() if vcpu.in_l2 else None
+        if own is not None and own <= self.now():
+            vcpu.attention = True
+        while True:
+            if vcpu.attention or vcpu.activity is not Activity.ACTIVE:
+                action = events.deliver(vcpu)
+                if self._outcome is not None:
+                    return LEAVE
+                if action != RUN_ON:
+                    return action
+            slice_over = self.processor.blocks >= self._slice_end
+            if vcpu.activity is Activity.ACTIVE and not slice_over:
+                return RUN_ON
+            following = self._next_vcpu(vcpu)
+            if following is None:
+                return LEAVE
+            self._slice_end = self.processor.blocks + SLICE_BLOCKS
+            if following is not vcpu:
+                self._switch(vcpu, following)
+                vcpu = following
+                vcpu.attention = True
+
+    def _next_vcpu(self, vcpu: Vcpu) -> Vcpu | None:
+        """The next processor in turn that can run, letting time pass where none can."""
+        count = len(self.vcpus)
+        while self._outcome is None:
+            for step in range(1, count + 1):
+                candidate = self.vcpus[(vcpu.index + step) % count]
+                if candidate.activity is Activity.ACTIVE or self._can_wake(candidate):
+                    return candidate
+            if not self._let_time_pass():
+                text = "every processor waits for an event that cannot come"
+                self._outcome = Outcome(Ending.IDLE, text)
+        return None
+
+    def _can_wake(self, vcpu: Vcpu) -> bool:
+        """Whether a waiting processor, running or parked, has something to do."""
+        if not vcpu.attention and not (vcpu.in_l2 and self._due(vcpu)):
+            return False
+        if vcpu is self.current:
+            return events.can_wake(vcpu)
+        return True  # it looks for itself when it is switched to
+
+    def _due(self, vcpu: Vcpu) -> bool:
+        own = vcpu.nested.deadline()
+        if own is not None and own <= self.now():
+            vcpu.attention = True
+            return True
+        return False
+
+    def _let_time_pass(self) -> bool:
+        """Skip to the next timer; False where nothing will ever happen."""
+        waiting = [self.clock.next_deadline()]
+        waiting += [v.nested.deadline() for v in self.vcpus if v.in_l2]
+        deadlines = [deadline for deadline in waiting if deadline is not None]
+        if not deadlines:
+            self.platform.flush()
+            return self.wait_for_input()
+        if time.monotonic() > self._wall_limit:
+            self._outcome = _timed_out()
+        self._skipped += max(0, min(deadlines) - self.now())
+        self.clock.run_due()
+        return True
+
+    def _switch(self, old: Vcpu, new: Vcpu) -> None:
+        """Put another processor on the silicon."""
+        old.window_wanted = self.processor.window_requested
+        old.parked = self.processor.park()
+        assert new.parked is not None
+        self.processor.unpark(new.parked)
+        self.processor.request_window(new.window_wanted)
+        self.current = new
+
+    def _budget(self) -> int:
+        """Blocks until the loop must look again."""
+        if self.step_blocks:
+            blocks, self.step_blocks = self.step_blocks, 0
+            return blocks
+        limit = LONGEST_SLICE
+        if len(self.vcpus) > 1:
+            limit = self._slice_end - self.processor.blocks
+        deadline = self.clock.next_deadline()
+        if self.current.in_l2:
+            own = self.current.nested.deadline()
+            if own is not None and (deadline is None or own < deadline):
+                deadline = own
+        if deadline is not None:
+            limit = min(limit, (deadline - self.now()) // BLOCK_NS)
+        return limit if limit > 0 else 0
+
+    def wait_for_input(self) -> bool:
+        """Every processor waits and no timer runs: whether input came from outside."""
+        return False
+
+    def is_rom(self, gpa: int) -> bool:
+        """Whether a guest-physical address is ROM."""
+        return any(start <= gpa < end for start, end in ROM)
+
+    def random(self) -> int:
+        """The next 64 bits of the machine's random numbers, the same in every run."""
+        return self._random.getrandbits(64)
+
+    def check_wall_clock(self) -> None:
+        """At the end of each slice: has the run lasted too long?"""
+        if time.monotonic() > self._wall_limit:
+            self._outcome = _timed_out()
+
+
+def _timed_out() -> Outcome:
+    return Outcome(Ending.TIMEOUT, "the time limit has passed")
+
+
+def _unknown(vcpu: Vcpu, exit: Exit) -> Stop:
+    text = f"{exit.name} at rip {vcpu.state.rip:#x}: no handler for this exit"
+    return Stop(Outcome(Ending.UNKNOWN_EXIT, text))
+
+
+__all__ = ["BLOCK_NS", "EXIT_NS", "MAX_CPUS", "SWITCHED", "Machine", "VmcbField"]

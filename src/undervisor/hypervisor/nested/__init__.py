@@ -1,0 +1,74 @@
+"""Nested virtualization: what joins the loop to the two vendors.
+
+`nested.vmx` and `nested.svm` have the same file names and implement `Nested`, one object a vCPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.verdict import Verdict
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.vcpu import Vcpu
+
+Handler = Callable[["Vcpu", Exit], Verdict]
+
+
+class Nested(Protocol):
+    """The virtualization extension of one vCPU, as L0 shows it to L1."""
+
+    l1_exits: Mapping[int, Handler]
+    """Exits of L1 that the vendor handles itself: its instructions."""
+
+    l2_exits: Mapping[int, Handler]
+    """Exits of L2 that L1 did not want and that need more than the common handler."""
+
+    reason: str
+    """Why the last world switch happened, in the vendor's words; for the trace."""
+
+    def reflect(self, vcpu: Vcpu, exit: Exit) -> Verdict | None:
+        """An exit of L2: turn it into a VM exit that L1 sees, or None when L0 handles it."""
+
+    def reflect_fault(self, vcpu: Vcpu, exit: Exit, vector: int) -> Verdict | None:
+        """L0 is about to inject an exception into L2: a VM exit instead where L1 intercepts."""
+
+    def deliver(self, vcpu: Vcpu) -> int:
+        """Pending events while L2 runs: exits to L1 or injections; the silicon's action."""
+
+    def take_init(self, vcpu: Vcpu) -> int | None:
+        """An INIT while L1 runs: the silicon's action, or None when L0 resets the processor.
+
+        Clears `init_pending` when it is dropped or redirected; leaves it when INIT is blocked.
+        """
+
+    def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False) -> int:
+        """Where L2's guest-physical address is; GuestExit where L1's tables do not allow it."""
+
+    def allows_cr0(self, vcpu: Vcpu, value: int) -> bool:
+        """Whether the extension lets the running world load CR0: bits fixed in VMX operation."""
+
+    def allows_cr4(self, vcpu: Vcpu, value: int) -> bool:
+        """Whether the extension lets the running world load CR4."""
+
+    def allows_instruction(self, vcpu: Vcpu, feature: str) -> bool:
+        """Whether L1's controls let L2 use an instruction that L0 emulates, by its feature."""
+
+    def deadline(self) -> int | None:
+        """When (ns) the nested world needs an exit of its own accord: the preemption timer."""
+
+    def reset(self, vcpu: Vcpu) -> None:
+        """INIT or power-up: the extension is off."""
+
+
+class GuestExit(Exception):
+    """An access on behalf of L2 that L1's nested tables refuse: L1 must see a VM exit.
+
+    `verdict` is what the vendor's reflection gave.
+    """
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__("an exit to L1")
+        self.verdict = verdict
