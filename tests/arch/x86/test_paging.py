@@ -290,6 +290,33 @@ def test_accessed_is_set_everywhere_and_dirty_in_the_leaf_of_a_write():
     assert accessed_dirty_updates(again, WRITE) == [(leaf, memory[leaf] | Entry.d)]
 
 
+@pytest.mark.parametrize("gva", [0x0000_1000, 0x0040_1000, 0x0040_2000, 0xFFFF_F000])
+def test_flags_of_a_legacy_entry_leave_its_neighbour_alone(gva):
+    memory = Memory()
+    directory, leaf = 0x1000 + 4 * (gva >> 22), 0x2000 + 4 * (gva >> 12 & 1023)
+    for address in {directory ^ 4, leaf ^ 4}:
+        memory.write32(address, 0xFFFF_FF9C)
+    memory.write32(directory, 0x2000 | ALL)
+    memory.write32(leaf, 0x5000 | ALL)
+    expected = Memory(memory)
+    expected.write32(directory, 0x2000 | ALL | Entry.a)
+    expected.write32(leaf, 0x5000 | ALL | Entry.a | Entry.d)
+    rules = paging_rules(PAGED, 0, 0)
+    memory.update(accessed_dirty_updates(do_walk(memory, gva, WRITE, rules), WRITE))
+    assert memory == expected
+    assert accessed_dirty_updates(do_walk(memory, gva, WRITE, rules), WRITE) == []
+
+
+def test_flags_add_up_where_a_table_maps_itself():
+    memory = Memory()
+    memory.write32(0x1000, 0x1000 | ALL)
+    memory.write32(0x1004, 0x5000 | ALL)
+    rules = paging_rules(PAGED, 0, 0)
+    updates = accessed_dirty_updates(do_walk(memory, 0x1000, WRITE, rules), WRITE)
+    a_and_d = Entry.a | Entry.d
+    assert updates == [(0x1000, 0x1000 | ALL | Entry.a | (0x5000 | ALL | a_and_d) << 32)]
+
+
 @pytest.mark.parametrize("bit", [1, 2, 5, 6, 7, 8, 40, 63])
 def test_a_reserved_bit_in_a_present_pdpte_is_refused(bit):
     assert check_pdptes([0x1001, 0, 0, 0x2019], 40)

@@ -131,7 +131,9 @@ class Translation(NamedTuple):
     executable: bool
     """XD in no entry."""
     steps: tuple[tuple[int, int], ...]
-    """The address and value of each entry used, root first; without a PAE PDPTE register."""
+    """The address and value of the quadword of each entry used, root first; no PAE PDPTE."""
+    upper_halves: int = 0
+    """32-bit paging: bit n is set where step n's entry is the upper half of its quadword."""
 
 
 class PageFault(NamedTuple):
@@ -290,14 +292,18 @@ def _descend(
     """Walk from the root `table` down to the entry that maps the page."""
     wide = rules.entry_size == 8
     table_mask = rules.table_mask
-    rights, disabled, steps = 6, 0, []
+    rights, disabled, upper_halves = 6, 0, 0
+    steps: list[tuple[int, int]] = []
     for shift, may_map, reserved_table, reserved_leaf in rules.levels:
         if wide:
             address = table | (gva >> (shift - 3) & 0xFF8)
-            entry = read_u64(address)
+            entry = quadword = read_u64(address)
         else:
-            address = table | (gva >> (shift - 2) & 0xFFC)
-            entry = read_u64(address & ~7) >> (address & 4) * 8 & 0xFFFF_FFFF
+            address = table | (gva >> (shift - 2) & 0xFF8)
+            quadword = read_u64(address)
+            upper = gva >> shift & 1
+            entry = quadword >> upper * 32 & 0xFFFF_FFFF
+            upper_halves |= upper << len(steps)
         if not entry & 1:
             return _page_fault(rules, gva, access, 0)
         leaf = shift == 12 or (may_map and entry & 0x80)
@@ -305,7 +311,7 @@ def _descend(
             return _page_fault(rules, gva, access, PageFaultCode.p | PageFaultCode.rsvd)
         rights &= entry
         disabled |= entry
-        steps.append((address, entry))
+        steps.append((address, quadword))
         if leaf:
             break
         table = entry & table_mask
@@ -322,6 +328,7 @@ def _descend(
         bool(rights & 4),
         executable,
         tuple(steps),
+        upper_halves,
     )
 
 
@@ -370,18 +377,21 @@ def _page_fault(rules: PagingRules, gva: int, access: int, code: int) -> PageFau
 
 
 def accessed_dirty_updates(translation: Translation, access: int) -> list[tuple[int, int]]:
-    """The entries that the processor would rewrite for this access: address and new value.
+    """The quadwords that the processor would rewrite for this access: address and new value.
 
     SDM 3A "Accessed and Dirty Flags": A in every entry used, D in the leaf of a write.
     """
-    updates = []
-    last = len(translation.steps) - 1
-    for i, (address, entry) in enumerate(translation.steps):
-        dirty = Entry.d if i == last and access & WRITE else 0
-        new = entry | Entry.a | dirty
-        if new != entry:
-            updates.append((address, new))
-    return updates
+    steps = translation.steps
+    leaf = len(steps) - 1
+    updates: dict[int, int] = {}
+    for i, (address, old) in enumerate(steps):
+        flags = Entry.a | Entry.d if i == leaf and access & WRITE else Entry.a
+        # One quadword can hold two of the entries, where tables map themselves.
+        old = updates.get(address, old)
+        new = old | flags << (translation.upper_halves >> i & 1) * 32
+        if new != old:
+            updates[address] = new
+    return list(updates.items())
 
 
 def check_pdptes(pdptes: Sequence[int], physical_width: int) -> bool:
