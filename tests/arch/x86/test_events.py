@@ -4,6 +4,7 @@ from undervisor.arch.x86.events import (
     DOUBLE_FAULT,
     GP0,
     UD,
+    EventType,
     ExceptionClass,
     Fault,
     GuestFault,
@@ -51,6 +52,15 @@ def test_classes_are_the_manual_s():
 )
 def test_two_events_combine_as_the_manual_s_table_says(first, second, delivered):
     assert combine(first, second) == delivered
+
+
+@pytest.mark.parametrize(
+    "kind", [EventType.EXTERNAL_INTERRUPT, EventType.NMI, EventType.SOFTWARE_INTERRUPT]
+)
+@pytest.mark.parametrize("vector", [Vector.GP, Vector.PF, Vector.DF])
+def test_an_interrupt_is_benign_whatever_its_vector(kind, vector):
+    assert combine(vector, GP0, kind) == GP0
+    assert combine(vector, GP0) != GP0
 
 
 def test_a_guest_fault_carries_its_fault():

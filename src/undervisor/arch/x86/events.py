@@ -168,14 +168,21 @@ class GuestFault(Exception):
         self.fault = fault
 
 
-def combine(first: int, second: Fault) -> Fault | None:
+# Interrupts and INT n are benign whatever their vector.
+_BENIGN_TYPES: Final = frozenset(
+    {EventType.EXTERNAL_INTERRUPT, EventType.NMI, EventType.SOFTWARE_INTERRUPT}
+)
+
+
+def combine(first: int, second: Fault, kind: int = EventType.EXCEPTION) -> Fault | None:
     """What is delivered when `second` occurs while the event with vector `first` is delivered.
 
-    The second alone (the two are handled serially), a double fault, or None: the processor enters
-    shutdown (a triple fault).  SDM 3A "Interrupt 8: Double Fault Exception (#DF)".
+    `kind` is the `EventType` of the first.  The answer is the second alone (the two are handled
+    serially), a double fault, or None: the processor enters shutdown (a triple fault).
+    SDM 3A "Interrupt 8: Double Fault Exception (#DF)".
     """
     now = severity_of(second.vector)
-    if now is Severity.BENIGN:
+    if now is Severity.BENIGN or kind in _BENIGN_TYPES:
         return second
     if first == Vector.DF:
         return None
