@@ -49,15 +49,19 @@ class Rule(Generic[Field, Capabilities]):
 
 @dataclass(frozen=True, slots=True)
 class Violation(Generic[Field, Capabilities]):
-    """A broken rule with the values that broke it, in the order of `rule.reads`."""
+    """A broken rule with the values that broke it, in the order of `rule.reads`.
+
+    A value is None where the state lacks the field and the rule is broken without it.
+    """
 
     rule: Rule[Field, Capabilities]
-    values: tuple[int, ...]
+    values: tuple[int | None, ...]
 
     def __str__(self) -> str:
         seen = ", ".join(
             f"{getattr(field, 'name', field)} = {value:#x}"
             for field, value in zip(self.rule.reads, self.values, strict=True)
+            if value is not None
         )
         return f"{self.rule.id}: {self.rule.text} ({seen}) [{self.rule.section}]"
 
@@ -81,7 +85,8 @@ def judge(
         try:
             if rule.holds(state, capabilities):
                 continue
-            broken.append(Violation(rule, tuple(state[field] for field in rule.reads)))
         except KeyError:
             unchecked.append(rule)
+            continue
+        broken.append(Violation(rule, tuple(state.get(field) for field in rule.reads)))
     return Verdict(broken, unchecked)

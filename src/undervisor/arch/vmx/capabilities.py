@@ -183,10 +183,10 @@ class ProcessorFacts:
     cet_indirect_branch: bool = True
     lam: bool = True
     perf_global_ctrl: int = 0x0001_000F_0000_00FF
-    debugctl: int = 0x0000_FFC3
-    rtit_ctl: int = 0x0000_007F_0F7F_FFFF
+    debugctl: int = 0x0000_FFC7
+    rtit_ctl: int = 0x0180_FFFF_8F7B_FFFF
     lbr_ctl: int = 0x0000_0000_007F_000F
-    spec_ctrl: int = 0x0000_07F7
+    spec_ctrl: int = 0x0000_05FF
     fred: bool = True
     nmi_needs_no_sti_blocking: bool = True
 

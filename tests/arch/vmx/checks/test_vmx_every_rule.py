@@ -148,3 +148,15 @@ def test_a_violation_shows_the_values():
     (violation,) = check_vm_entry(state).broken
     assert "GUEST_RFLAGS = 0x0" in str(violation)
     assert "Checks on Guest RIP, RFLAGS, and SSP" in str(violation)
+
+
+def test_a_rule_that_is_broken_without_a_missing_field_is_broken():
+    """CR0.PE and CR0.PG are excused for an unrestricted guest, CR0.NE never is."""
+    state = valid_state() | {VmcsField.HOST_CR0: 0, VmcsField.GUEST_RFLAGS: 0}
+    del state[VmcsField.GUEST_CR0]
+    verdict = check_vm_entry(state)
+    assert {v.rule.id for v in verdict.broken} == {"vmx.host.cr0.must-be-one", BIT_1}
+    assert "vmx.guest.cr0.must-be-one" in {rule.id for rule in verdict.unchecked}
+
+
+BIT_1 = "vmx.guest.rflags.bit-1"

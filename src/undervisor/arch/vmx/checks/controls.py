@@ -44,6 +44,8 @@ ERROR_CODE = Info.deliver_error_code
 EPT = secondary(Secondary.enable_ept)
 TPR_SHADOW = Primary.use_tpr_shadow
 VID = secondary(Secondary.virtual_interrupt_delivery)
+VPID = secondary(Secondary.enable_vpid)
+TSC_SCALING = secondary(Secondary.use_tsc_scaling)
 
 
 def always(state: object) -> bool:
@@ -302,7 +304,7 @@ EXECUTION.rule(
     "vpid.zero",
     'If "enable VPID" is 1, the VPID must not be 0000H',
     (F.VPID, *SECONDARY),
-    lambda s, c: s[F.VPID] != 0 or not secondary(Secondary.enable_vpid)(s),
+    lambda s, c: s[F.VPID] != 0 or not VPID(s),
     "give each guest processor a VPID of its own; 0 is that of VMX root operation",
 )
 
@@ -422,7 +424,7 @@ EXECUTION.rule(
     "tsc-multiplier.zero",
     'If "use TSC scaling" is 1, the TSC multiplier must not be 0',
     (F.TSC_MULTIPLIER, *SECONDARY),
-    lambda s, c: s[F.TSC_MULTIPLIER] != 0 or not secondary(Secondary.use_tsc_scaling)(s),
+    lambda s, c: s[F.TSC_MULTIPLIER] != 0 or not TSC_SCALING(s),
     "set the multiplier to 1 << 48 for an unscaled TSC",
 )
 PASID = of_secondary("pasid_translation")
