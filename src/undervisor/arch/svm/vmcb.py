@@ -190,8 +190,8 @@ class VmcbField(IntEnum):
         return self - SAVE_AREA if self >= SAVE_AREA else int(self)
 
 
-# Fields of the save area that only SEV-ES guests have: offset in the save area, width.
-# APM 2 "VMCB Layout, State Save Area for SEV-ES".
+# Fields of the save area (the VMSA) that only SEV-ES guests have: offset in it, and width.
+# APM 2 "VMSA Layout, State Save Area for SEV-ES".
 # fmt: off
 SEV_ES_FIELDS: Final[dict[str, tuple[int, int]]] = {
     "PL0_SSP": (0x0A0, 8), "PL1_SSP": (0x0A8, 8), "PL2_SSP": (0x0B0, 8), "PL3_SSP": (0x0B8, 8),
@@ -213,6 +213,12 @@ SEV_ES_FIELDS: Final[dict[str, tuple[int, int]]] = {
     "X87_FCW": (0x410, 2), "X87_FOP": (0x412, 2), "X87_DS": (0x414, 2), "X87_CS": (0x416, 2),
     "X87_RIP": (0x418, 8), "FPREG_X87": (0x420, 80), "FPREG_XMM": (0x470, 256),
     "FPREG_YMM": (0x570, 256),
+    "INTERCEPT_VEC_0": (0x900, 4), "INTERCEPT_VEC_1": (0x904, 4), "INTERCEPT_VEC_2": (0x908, 4),
+    "INTERCEPT_VEC_3": (0x90C, 4), "INTERCEPT_VEC_4": (0x910, 4), "INTERCEPT_VEC_5": (0x914, 4),
+    "INTERCEPT_VEC_6": (0x918, 4), "INTERCEPT_VEC_7": (0x91C, 4),
+    "INTERCEPT_MSR_VEC_0": (0x920, 8), "INTERCEPT_MSR_VEC_1": (0x928, 8),
+    "INTERCEPT_MSR_VEC_2": (0x930, 8), "INTERCEPT_MSR_VEC_3": (0x938, 8),
+    "FPREG_K": (0x980, 64), "FPREG_ZMMHI": (0x9C0, 512), "FPREG_HIZMM": (0xBC0, 1024),
 }
 # fmt: on
 
