@@ -70,7 +70,7 @@ def test_fields_are_aligned_as_machine_words():
 
 
 def test_the_fields_of_sev_es_do_not_overlap_the_common_ones():
-    spans = [(F(f) - SAVE_AREA, f.width) for f in F if F.ES_SELECTOR <= f]
+    spans = [(F(f) - SAVE_AREA, f.width) for f in F if f >= F.ES_SELECTOR]
     spans = sorted(spans + list(SEV_ES_FIELDS.values()))
     for (one, width), (next_, _) in pairwise(spans):
         assert one + width <= next_, hex(one)
