@@ -3,9 +3,12 @@ import struct
 
 import pytest
 
+from undervisor.arch.x86.cpuid import Version
+from undervisor.arch.x86.events import GuestFault
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun, EndReason
-from undervisor.hypervisor.platform import Features, Platform
+from undervisor.hypervisor.models.overrides import named
+from undervisor.hypervisor.platform import Platform
 
 MIB = 1 << 20
 LAPIC, IOAPIC = 0xFEE00000, 0xFEC00000
@@ -13,6 +16,8 @@ SVR, EOI, ID, ICR, ICR_HIGH = 0xF0, 0xB0, 0x20, 0x300, 0x310
 
 
 class Ram:
+    size = 64 * MIB
+
     def __init__(self):
         self.bytes = bytearray(MIB)
 
@@ -47,16 +52,16 @@ class Processor:
 
 
 class Board:
-    def __init__(self, cpu_count=2, **options):
+    def __init__(self, cpu_count=2, cpu="intel", **options):
         self.ns = 0
         self.ends, self.serial, self.console = [], [], []
         self.processors = [Processor() for _ in range(cpu_count)]
         self.platform = Platform(
-            Clock(lambda: self.ns),
-            self.processors,
-            Ram(),
-            64 * MIB,
-            serial_sink=self.serial.append,
+            clock=Clock(lambda: self.ns),
+            memory=Ram(),
+            sinks=self.processors,
+            model=named(cpu),
+            serial=self.serial.append,
             on_end=self.ends.append,
             **options,
         )
@@ -138,7 +143,7 @@ def test_flush_shows_what_is_buffered(board):
 def test_the_debug_console_is_absent_unless_connected(board):
     assert board.ports.read(0xE9, 1) == 0xFF
     seen = []
-    board = Board(console_sink=seen.append)
+    board = Board(console=seen.append)
     assert board.ports.read(0xE9, 1) == 0xE9
     board.out((0xE9, ord("!")))
     board.platform.flush()
@@ -209,20 +214,98 @@ def test_a_processor_starts_another(board):
 
 
 def test_the_processor_count_and_command_line_are_in_fw_cfg():
-    board = Board(cpu_count=3, command_line="x")
+    board = Board(cpu_count=3)
+    board.platform.set_command_line("x")
     board.ports.write(0x510, 2, 0x05)
     assert board.ports.read(0x511, 1) == 3
     board.ports.write(0x510, 2, 0x15)
     assert board.ports.read(0x511, 1) == ord("x")
 
 
-def test_features_reach_the_local_apics_and_the_mp_table():
-    board = Board(features=Features(tsc_deadline=False, signature=0xABCDE))
-    lapic = board.platform.lapics[0]
-    lapic.write(0x320, 4, 0x40040)
-    assert lapic.read(0x320, 4) == 0x40
+def test_the_cpu_model_decides_what_the_local_apic_can_do():
+    for cpu, written in (("intel", 0x40040), ("intel,-tsc-deadline", 0x40)):
+        lapic = Board(cpu=cpu).platform.lapics[0]
+        lapic.write(0x320, 4, 0x40040)
+        assert lapic.read(0x320, 4) == written
+    lapic = Board(cpu="intel,-x2apic").platform.lapics[0]
+    with pytest.raises(GuestFault):
+        lapic.write_apic_base(lapic.apic_base | 1 << 10)
+
+
+def test_the_mp_table_names_the_cpu_model(board):
     tables = dict(board.platform.tables())
-    assert struct.unpack_from("<I", tables[0xF0010], 44 + 4)[0] == 0xABCDE
+    who = board.platform.model.identity
+    signature = Version(struct.unpack_from("<I", tables[0xF0010], 44 + 4)[0])
+    assert (signature.family, signature.stepping) == (who.family, who.stepping)
+
+
+# waiting
+
+
+class Source:
+    def __init__(self, *pieces):
+        self.pieces = list(pieces)
+        self.waits = 0
+
+    def poll(self):
+        return b""
+
+    def wait(self):
+        self.waits += 1
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+def test_waiting_takes_input_until_there_is_no_more():
+    source = Source(b"ab")
+    board = Board(source=source)
+    board.out((0x3F9, 0x01), (0x3F8, ord("$")))
+    assert board.platform.wait_for_input()
+    assert board.serial == [b"$"]
+    assert board.ports.read(0x3F8, 1) == ord("a")
+    assert not board.platform.wait_for_input()
+    assert not board.platform.wait_for_input()
+    assert source.waits == 2
+
+
+def test_there_is_no_waiting_for_input_that_would_interrupt_nobody():
+    source = Source(b"ab")
+    assert not Board(source=source).platform.wait_for_input()
+    assert source.waits == 0
+    assert not Board().platform.wait_for_input()
+
+
+def test_a_tick_that_nobody_takes_leaves_no_deadline(board):
+    board.move(55_000_000)
+    assert board.platform.clock.next_deadline() is None
+    board.move(10_000_000)
+    assert board.platform.lapics[0].acknowledge() == 0x08
+    assert board.platform.clock.next_deadline() is not None
+
+
+def test_ticks_that_the_8259_holds_still_reach_the_ioapic(board):
+    board.out((0x21, 0xFF))
+    board.move(55_000_000)
+    assert board.platform.clock.next_deadline() is None
+    board.platform.mmio[1].write(LAPIC + SVR, 4, 0x1FF)
+    board.route(2, 0x30, processor=1)
+    for _ in range(3):
+        board.move(55_000_000)
+        assert board.platform.lapics[1].acknowledge() == 0x30
+        board.platform.mmio[1].write(LAPIC + EOI, 4, 0)
+
+
+def test_reading_a_count_does_not_need_the_ticks(board):
+    def count():
+        board.out((0x43, 0x00))
+        return board.ports.read(0x40, 1) | board.ports.read(0x40, 1) << 8
+
+    board.move(500_000_000)
+    first = count()
+    board.move(1_000_000)
+    assert (first - count()) % 65536 in (1193, 1194)
+
+
+# firmware's tables
 
 
 def test_no_two_firmware_tables_overlap(board):

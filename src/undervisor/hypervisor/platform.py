@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from undervisor.arch.x86.cpuid import Version
 from undervisor.hypervisor.devices import acpi, firmware, ioapic
 from undervisor.hypervisor.devices.board import (
     FastA20,
@@ -15,6 +15,7 @@ from undervisor.hypervisor.devices.board import (
     Quiet,
     ResetControl,
     Vga,
+    VideoMemory,
 )
 from undervisor.hypervisor.devices.bus import Device, GuestMemory, MmioBus, PortBus, Registers
 from undervisor.hypervisor.devices.clock import Clock
@@ -27,22 +28,13 @@ from undervisor.hypervisor.devices.output import Output
 from undervisor.hypervisor.devices.pic import Pic
 from undervisor.hypervisor.devices.pit import Pit
 from undervisor.hypervisor.devices.rtc import Rtc
-from undervisor.hypervisor.devices.serial import Serial
+from undervisor.hypervisor.devices.serial import Input, Serial
+from undervisor.hypervisor.models.model import CpuModel
 
 TIMER_IRQ, SERIAL_IRQ, RTC_IRQ = 0, 4, 8
 TIMER_PIN: Final = 2  # where ISA's IRQ 0 enters the I/O APIC
 PAGE: Final = 0x1000
 BYTE_ONLY: Final = True
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What the CPU model says about the local APIC and addresses."""
-
-    x2apic: bool = True
-    tsc_deadline: bool = True
-    physical_address_bits: int = 40
-    signature: int = 0  # CPUID.01H:EAX, for the MP table
 
 
 class ProcessorMmio:
@@ -73,27 +65,27 @@ class ProcessorMmio:
 
 
 class Platform:
-    """The board with `len(sinks)` processors; state as firmware leaves it for a kernel.
+    """The board with `len(sinks)` processors; its state is as firmware leaves it for a kernel.
 
     `sinks[i]` is processor i's interrupt input, `on_end` is told when the guest ends its run.
-    `console_sink` connects the debug console port; without it the port is absent.
+    `serial` and `console` take output in pieces; without `console` the debug console is absent.
+    `source` gives the serial port's input; without one only `feed_serial` does.
     """
 
     def __init__(
         self,
-        clock: Clock,
-        sinks: Sequence[InterruptSink],
-        memory: GuestMemory,
-        ram_size: int,
         *,
-        serial_sink: Callable[[bytes], None],
+        clock: Clock,
+        memory: GuestMemory,
+        sinks: Sequence[InterruptSink],
+        model: CpuModel,
+        serial: Callable[[bytes], None],
         on_end: OnEnd,
-        console_sink: Callable[[bytes], None] | None = None,
-        command_line: str = "",
-        features: Features | None = None,
+        console: Callable[[bytes], None] | None = None,
+        source: Input | None = None,
     ) -> None:
         self.clock = clock
-        self.features = features or Features()
+        self.model = model
         self.cpu_count = len(sinks)
         self.ports = PortBus()
         self.bus = InterruptBus()
@@ -101,17 +93,16 @@ class Platform:
         self.ioapic = IoApic(self.bus, self.cpu_count)
         self.pic = Pic(self._drive_lint0)
         self.pit = Pit(clock, self._tick)
-        self.rtc = Rtc(clock, lambda level: self.irq(RTC_IRQ, level), ram_size, self.cpu_count)
-        self.serial = Serial(lambda level: self.irq(SERIAL_IRQ, level), serial_sink)
-        self.console = Output(console_sink) if console_sink else None
+        self.rtc = Rtc(clock, lambda up: self.irq(RTC_IRQ, up), memory.size, self.cpu_count)
+        self.serial = Serial(lambda level: self.irq(SERIAL_IRQ, level), serial)
+        self.console = Output(console) if console else None
         self.fw_cfg = FwCfg(
-            standard_items(ram_size, self.cpu_count, command_line),
-            standard_files(ram_size),
-            memory,
+            standard_items(memory.size, self.cpu_count), standard_files(memory.size), memory
         )
-        shared = MmioBus()
-        shared.register(ioapic.DEFAULT_BASE, PAGE, self.ioapic)
-        self.mmio = [ProcessorMmio(lapic, shared) for lapic in self.lapics]
+        self.mmio = self._make_mmio()
+        self._source = source
+        self.serial.on_starved = self._poll_source
+        self.pic.on_change = self.ioapic.on_change = self._resume_ticks
         self._wire_ports(on_end)
         self._set_up_by_firmware()
 
@@ -121,8 +112,24 @@ class Platform:
         self.ioapic.set_pin(TIMER_PIN if line == TIMER_IRQ else line, level)
 
     def feed_serial(self, data: bytes) -> None:
-        """Input to the serial port."""
+        """Input to the serial port, besides what `source` gives."""
         self.serial.feed(data)
+
+    def wait_for_input(self) -> bool:
+        """When every processor waits: wait for input that interrupts; False if none can come."""
+        self.flush()
+        if self._source is None or not self.serial.can_interrupt_for_input:
+            return False
+        data = self._source.wait()
+        if not data:
+            self._source = None
+            return False
+        self.serial.feed(data)
+        return True
+
+    def set_command_line(self, text: str) -> None:
+        """The kernel's command line, for images that ask fw_cfg for it."""
+        self.fw_cfg.set_command_line(text)
 
     def flush(self) -> None:
         """Hand all buffered output to its sinks: at the end, and when every processor idles."""
@@ -132,10 +139,9 @@ class Platform:
 
     def tables(self) -> list[tuple[int, bytes]]:
         """What firmware puts into memory, as `(gpa, bytes)`: ACPI, MP table, BIOS data area."""
-        return [
-            *acpi.build(self.cpu_count),
-            *firmware.build(self.cpu_count, self.features.signature),
-        ]
+        who = self.model.identity
+        signature = Version.build(who.family, who.model, who.stepping)
+        return [*acpi.build(self.cpu_count), *firmware.build(self.cpu_count, signature)]
 
     def _make_lapic(self, cpu: int, sink: InterruptSink) -> Lapic:
         return Lapic(
@@ -143,10 +149,20 @@ class Platform:
             self.clock,
             self.bus,
             sink,
-            x2apic=self.features.x2apic,
-            tsc_deadline=self.features.tsc_deadline,
-            physical_address_bits=self.features.physical_address_bits,
+            x2apic=self.model.has("x2apic"),
+            tsc_deadline=self.model.has("tsc-deadline"),
+            physical_address_bits=self.model.physical_width,
         )
+
+    def _make_mmio(self) -> list[ProcessorMmio]:
+        shared = MmioBus()
+        shared.register(ioapic.DEFAULT_BASE, PAGE, self.ioapic)
+        shared.register(VideoMemory.FIRST, VideoMemory.SIZE, VideoMemory())
+        return [ProcessorMmio(lapic, shared) for lapic in self.lapics]
+
+    def _poll_source(self) -> None:
+        if self._source is not None and (data := self._source.poll()):
+            self.serial.feed(data)
 
     def _set_up_by_firmware(self) -> None:
         for lapic in self.lapics:
@@ -159,9 +175,21 @@ class Platform:
         for lapic in self.lapics:
             lapic.set_lint(0, level)
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """IRQ 0; whether another tick could do more than this one did."""
         self.irq(TIMER_IRQ, False)
         self.irq(TIMER_IRQ, True)
+        return not self._tick_waits()
+
+    def _tick_waits(self) -> bool:
+        """Whether the 8259 holds a tick that nobody took, and the I/O APIC lets none through."""
+        held = self.pic.master.requests >> TIMER_IRQ & 1
+        return bool(held) and self.ioapic.is_masked(TIMER_PIN)
+
+    def _resume_ticks(self) -> None:
+        timer = self.pit.channels[0]
+        if timer.resting and not self._tick_waits():
+            timer.resume()
 
     def _wire_ports(self, on_end: OnEnd) -> None:
         keyboard, pci, fw_cfg = Keyboard(on_end), Pci(), self.fw_cfg

@@ -1,6 +1,14 @@
 import pytest
 
-from undervisor.hypervisor.devices.board import FastA20, Keyboard, Pci, Power, ResetControl, Vga
+from undervisor.hypervisor.devices.board import (
+    FastA20,
+    Keyboard,
+    Pci,
+    Power,
+    ResetControl,
+    Vga,
+    VideoMemory,
+)
 from undervisor.hypervisor.devices.ends import EndOfRun, EndReason
 
 RESET, POWER_OFF = EndOfRun(EndReason.RESET), EndOfRun(EndReason.POWER_OFF)
@@ -132,3 +140,11 @@ def test_waiting_for_a_retrace_ends():
     vga = Vga()
     seen = {vga.read(0x2A, 1) & 0x08 for _ in range(2)}
     assert seen == {0, 8}
+
+
+def test_video_memory_keeps_text_and_ends_at_its_end():
+    memory = VideoMemory()
+    memory.write(0x18000, 2, 0x0741)
+    assert (memory.read(0x18000, 1), memory.read(0x18000, 4)) == (0x41, 0x0741)
+    memory.write(0x1FFFE, 4, 0x44332211)
+    assert memory.read(0x1FFFE, 4) == 0xFFFF2211

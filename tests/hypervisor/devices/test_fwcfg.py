@@ -32,7 +32,9 @@ def ram():
 
 @pytest.fixture
 def device(ram):
-    return FwCfg(standard_items(64 * MIB, 4, "a=1 b"), standard_files(64 * MIB), ram)
+    device = FwCfg(standard_items(64 * MIB, 4), standard_files(64 * MIB), ram)
+    device.set_command_line("a=1 b")
+    return device
 
 
 def select(device, item):

@@ -9,8 +9,13 @@ CONTROL = 3
 def ticks(time):
     """When channel 0 interrupted, in clock pulses."""
     seen = []
-    pit = Pit(time.clock, lambda: seen.append(time.ns * FREQUENCY // NS))
-    pit.seen = seen
+
+    def tick():
+        seen.append(time.ns * FREQUENCY // NS)
+        return pit.matters
+
+    pit = Pit(time.clock, tick)
+    pit.seen, pit.matters = seen, True
     return pit
 
 
@@ -220,3 +225,16 @@ def test_firmware_leaves_the_timer_at_18_hertz(ticks, time):
     ticks.set_up_by_firmware()
     time.move(NS)
     assert len(ticks.seen) == 18
+
+
+def test_ticks_that_do_not_matter_leave_no_deadline_and_keep_the_phase(ticks, time):
+    ticks.matters = False
+    program(ticks, 0, 2, 1000)
+    time.move(pulses(5000))
+    assert ticks.seen == [1000]
+    assert time.clock.next_deadline() is None
+    assert read(ticks, 0) == 1000
+    ticks.matters = True
+    ticks.channels[0].resume()
+    time.move(pulses(2000))
+    assert ticks.seen == [1000, 6000, 7000]

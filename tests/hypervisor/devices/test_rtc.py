@@ -157,3 +157,12 @@ def test_a_poll_of_register_c_sees_what_passed_without_interrupts(chip, time):
     assert chip.get(C) == 0x50
     assert chip.get(C) == 0x00
     assert True not in chip.levels
+
+
+def test_an_interrupt_that_is_not_answered_leaves_no_deadline(chip, time):
+    chip.put(B, 0x52)
+    time.move(NS)
+    assert time.clock.next_deadline() is None
+    time.move(2 * NS)
+    assert chip.get(C) == 0xD0
+    assert time.clock.next_deadline() is not None

@@ -186,3 +186,12 @@ def test_clearing_the_receiver_fifo_drops_what_it_holds(wire):
     wire.uart.feed(b"ab")
     wire.put(FCR, 0x03)
     assert not wire.get(LSR) & 1
+
+
+def test_a_guest_that_polls_for_input_makes_the_host_look_for_some(wire):
+    wire.uart.on_starved = lambda: wire.uart.feed(b"late")
+    polls = 0
+    while not wire.get(LSR) & 1:
+        polls += 1
+        assert polls < 1000
+    assert wire.get(DATA) == ord("l")

@@ -129,7 +129,7 @@ class Quiet:
 
 
 class Vga:
-    """Ports 0x3b0 to 0x3df of a display that nobody sees; text memory is plain RAM.
+    """Ports 0x3b0 to 0x3df of a display that nobody sees.
 
     The retrace bits of the status registers change with each read, so that waiting for them ends.
     """
@@ -149,6 +149,25 @@ class Vga:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Nothing."""
+
+
+class VideoMemory:
+    """The video memory's window, 0xa0000 to 0xbffff, which keeps what is written."""
+
+    FIRST, SIZE = 0xA0000, 0x20000
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(self.SIZE)
+
+    def read(self, offset: int, size: int) -> int:
+        """What was written; all ones beyond the end."""
+        part = self._bytes[offset : offset + size].ljust(size, b"\xff")
+        return int.from_bytes(part, "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Keep the bytes that lie in the window."""
+        kept = min(size, self.SIZE - offset)
+        self._bytes[offset : offset + kept] = value.to_bytes(size, "little")[:kept]
 
 
 # The host bridge's configuration space: 82441FX ("440FX PCIset", "PCI Configuration Registers").

@@ -26,7 +26,14 @@ class Device(Protocol):
 
 
 class GuestMemory(Protocol):
-    """The guest's RAM by guest-physical address, for devices that do DMA."""
+    """The guest's RAM by guest-physical address, for devices that do DMA.
+
+    `size` is all of it, in bytes.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
 
     def is_ram(self, gpa: int, size: int, /) -> bool:
         """Whether all of the range is the guest's RAM; ask before `read` and `write`."""

@@ -47,9 +47,8 @@ class DmaControl(IntFlag):
     WRITE = 16
 
 
-def standard_items(ram_size: int, cpu_count: int, command_line: str) -> dict[int, bytes]:
+def standard_items(ram_size: int, cpu_count: int) -> dict[int, bytes]:
     """The numbered items of a machine."""
-    line = command_line.encode() + b"\0"
     return {
         Item.SIGNATURE: SIGNATURE,
         Item.ID: TRADITIONAL_AND_DMA.to_bytes(4, "little"),
@@ -57,8 +56,6 @@ def standard_items(ram_size: int, cpu_count: int, command_line: str) -> dict[int
         Item.NO_GRAPHICS: b"\x01\x00",
         Item.CPU_COUNT: cpu_count.to_bytes(2, "little"),
         Item.MAX_CPU_COUNT: cpu_count.to_bytes(2, "little"),
-        Item.COMMAND_LINE_SIZE: len(line).to_bytes(4, "little"),
-        Item.COMMAND_LINE: line,
     }
 
 
@@ -83,8 +80,15 @@ class FwCfg:
             directory += struct.pack(">IHH", len(data), selector, 0)
             directory += name.encode().ljust(NAME_SIZE, b"\0")
         self._items[Item.DIRECTORY] = directory
+        self.set_command_line("")
         self._select(0)
         self._dma_address = 0
+
+    def set_command_line(self, text: str) -> None:
+        """The kernel's command line, for images that read it here."""
+        line = text.encode() + b"\0"
+        self._items[Item.COMMAND_LINE_SIZE] = len(line).to_bytes(4, "little")
+        self._items[Item.COMMAND_LINE] = line
 
     def _select(self, selector: int) -> None:
         self._data = self._items.get(selector, b"")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from undervisor.hypervisor.devices.lapic_layout import BROADCAST, DeliveryMode
 
@@ -41,8 +40,7 @@ class ExternalController(Protocol):
         """The interrupt-acknowledge cycle."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """An interrupt message on the way to local APICs.
 
     `wide` is set for an x2APIC's 32-bit destination; else `destination` has 8 bits.
@@ -68,8 +66,10 @@ class InterruptBus:
         targets = self.targets(message)
         if message.mode is DeliveryMode.LOWEST_PRIORITY and len(targets) > 1:
             targets = [min(targets, key=lambda lapic: lapic.ppr)]
-        taken = [lapic.accept(message.mode, message.vector, message.level) for lapic in targets]
-        return any(taken)
+        taken = False
+        for lapic in targets:
+            taken |= lapic.accept(message.mode, message.vector, message.level)
+        return taken
 
     def targets(self, message: Message) -> list[Lapic]:
         """The APICs that the destination names, by rising ID."""

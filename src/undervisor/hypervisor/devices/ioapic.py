@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from undervisor.arch.bits import Bits, Register
@@ -48,6 +49,7 @@ class IoApic:
         self._select = 0
         self._entries = [int(Redirection.mask)] * PINS
         self._lines = 0
+        self.on_change: Callable[[], None] = lambda: None  # after each write of an entry
         bus.on_eoi.append(self.end_of_interrupt)
 
     def set_pin(self, pin: int, level: bool) -> None:
@@ -62,6 +64,10 @@ class IoApic:
             self._service_level(pin)
         elif rises:
             self._send(pin)
+
+    def is_masked(self, pin: int) -> bool:
+        """Whether the pin's entry is masked."""
+        return bool(self._entries[pin] & Redirection.mask)
 
     def end_of_interrupt(self, vector: int) -> None:
         """EOI broadcast: level entries with the vector may interrupt again, and do if high."""
@@ -110,6 +116,7 @@ class IoApic:
             entry &= ~int(Redirection.remote_irr)
         self._entries[pin] = entry
         self._service_level(pin)
+        self.on_change()
 
     def _service_level(self, pin: int) -> None:
         """Send for a level entry that is high, not masked, and not waiting for an EOI."""

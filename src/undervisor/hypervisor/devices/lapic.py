@@ -45,6 +45,15 @@ WORD: Final = 0xFFFFFFFF
 LINTS: Final = (Reg.LVT_LINT0, Reg.LVT_LINT1)
 NOT_MAPPED: Final = -1
 FLAT: Final = 0xFFFFFFFF
+# Masks of the fields that every interrupt tests, looked up once.
+SOFTWARE_ENABLE: Final = int(Spurious.enable)
+MASKED: Final = int(Lvt.mask)
+LOGICAL: Final = int(Icr.logical)
+ICR_KEPT: Final = ~int(Icr.delivery_status)
+INIT_ASSERT: Final = Icr.level | Icr.level_triggered
+INIT_DEASSERT: Final = int(Icr.level_triggered)
+SELF_FIXED: Final = int(Icr.of(shorthand=Shorthand.SELF))
+LAST_FIXED: Final = int(DeliveryMode.LOWEST_PRIORITY)
 
 
 class Lapic:
@@ -52,6 +61,8 @@ class Lapic:
 
     The loop asks `pending()` before each entry and, when it delivers, calls `acknowledge()`.
     `mmio_page` is the base page while it answers MMIO, else -1: compare before `read`/`write`.
+    `enabled` is IA32_APIC_BASE.EN, which CPUID.01H:EDX.APIC mirrors; in `x2apic_mode` the
+    registers are MSRs.
     `x2apic` and `tsc_deadline` say what the CPU model advertises; without them the mode cannot
     be entered.
     """
@@ -70,7 +81,7 @@ class Lapic:
         self.initial_id = apic_id
         self.sink = sink
         self.external: ExternalController | None = None
-        self.timer = LapicTimer(clock, partial(self._fire, Reg.LVT_TIMER))
+        self.timer = LapicTimer(clock, self._timer_expired)
         self._bus = bus
         self._tsc_deadline = tsc_deadline
         self._base_reserved = ~(
@@ -107,17 +118,9 @@ class Lapic:
         self._irr &= ~(1 << vector)
         self._isr |= 1 << vector
         self._update()
+        if self.timer.resting:
+            self.timer.resume()
         return vector
-
-    @property
-    def enabled(self) -> bool:
-        """IA32_APIC_BASE.EN, which CPUID.01H:EDX.APIC mirrors."""
-        return bool(self._base & ApicBase.enable)
-
-    @property
-    def x2apic_mode(self) -> bool:
-        """Whether the registers are MSRs now."""
-        return bool(self._base & ApicBase.x2apic)
 
     @property
     def ppr(self) -> int:
@@ -172,8 +175,9 @@ class Lapic:
 
     def _set_base(self, value: int) -> None:
         self._base = value
-        both = ApicBase.enable | ApicBase.x2apic
-        in_xapic_mode = value & both == ApicBase.enable
+        self.enabled = bool(value & ApicBase.enable)
+        self.x2apic_mode = bool(value & ApicBase.x2apic)
+        in_xapic_mode = self.enabled and not self.x2apic_mode
         self.mmio_page = value & ApicBase.base if in_xapic_mode else NOT_MAPPED
 
     def reset_by_init(self) -> None:
@@ -192,7 +196,7 @@ class Lapic:
         self._esr = self._errors = 0
         self._icr = 0
         self._ldr, self._dfr, self._svr = 0, FLAT, 0xFF
-        self._lvt: dict[int, int] = {entry: int(Lvt.mask) for entry in LVT_WRITABLE}
+        self._lvt: dict[int, int] = dict.fromkeys(LVT_WRITABLE, MASKED)
         self._deliverable: int | None = None
         self.timer.reset()
         self._update_lint0()
@@ -231,7 +235,7 @@ class Lapic:
         if not self.x2apic_mode or writable is None or value & ~writable:
             raise GuestFault(GP0)
         if register == Reg.ICR:
-            self._icr = value & ~int(Icr.delivery_status)
+            self._icr = value & ICR_KEPT
             self._send(self._icr)
         else:
             self._writers[register](value)
@@ -310,9 +314,9 @@ class Lapic:
 
     def _write_svr(self, value: int) -> None:
         self._svr = value & Spurious.DECLARED
-        if not value & Spurious.enable:
+        if not value & SOFTWARE_ENABLE:
             for entry in self._lvt:
-                self._lvt[entry] |= int(Lvt.mask)
+                self._lvt[entry] |= MASKED
         self._update_lint0()
 
     def _write_esr(self, value: int) -> None:
@@ -320,14 +324,16 @@ class Lapic:
 
     def _write_lvt(self, entry: Reg, value: int) -> None:
         value = value & LVT_WRITABLE[entry] | self._lvt[entry] & LVT_READ_ONLY
-        if not self._svr & Spurious.enable:
-            value |= int(Lvt.mask)
+        if not self._svr & SOFTWARE_ENABLE:
+            value |= MASKED
         if entry == Reg.LVT_TIMER:
             mode = TIMER_MODES[Lvt(value).timer_mode]
             if mode is TimerMode.TSC_DEADLINE and not self._tsc_deadline:
                 mode, value = TimerMode.ONE_SHOT, value & ~int(Lvt.timer_mode)
             self.timer.set_mode(mode)
         self._lvt[entry] = value
+        if entry == Reg.LVT_TIMER:
+            self.timer.resume()
         if entry in LINTS:
             self._update_lint0()
             self._sample_lint(LINTS.index(entry), edge=False)
@@ -338,33 +344,35 @@ class Lapic:
         self._icr = self._icr & WORD | (value & 0xFF000000) << 32
 
     def _write_icr(self, value: int) -> None:
-        low = value & Icr.DECLARED & WORD & ~int(Icr.delivery_status)
+        low = value & Icr.DECLARED & WORD & ICR_KEPT
         self._icr = self._icr & ~WORD | low
         # An xAPIC's destination is the top byte of the high half.
         self._send(low | self._icr >> 56 << 32)
 
     def _write_self_ipi(self, value: int) -> None:
-        self._send(Icr.of(vector=value, shorthand=Shorthand.SELF))
+        self._send(SELF_FIXED | value)
 
-    def _send(self, value: int) -> None:
+    def _send(self, icr: int) -> None:
         """Send what an ICR value says; its destination field is a plain number here."""
-        icr = Icr(value)
-        mode, vector = DELIVERY_MODES[icr.delivery_mode], icr.vector
-        if mode in (DeliveryMode.RESERVED, DeliveryMode.EXTINT):
+        mode, vector = DELIVERY_MODES[icr >> 8 & 7], icr & 0xFF
+        if mode <= LAST_FIXED:
+            if vector < 16:
+                self._error(ApicError.SEND_ILLEGAL_VECTOR)
+                return
+        elif mode in (DeliveryMode.RESERVED, DeliveryMode.EXTINT):
             return
-        if mode <= DeliveryMode.LOWEST_PRIORITY and vector < 16:
-            self._error(ApicError.SEND_ILLEGAL_VECTOR)
-            return
-        if mode is DeliveryMode.INIT and icr.level_triggered and not icr.level:
-            return  # INIT level de-assert: only old APICs' arbitration IDs cared
-        shorthand = SHORTHANDS[icr.shorthand]
-        if shorthand is Shorthand.NONE:
-            wide = self.x2apic_mode
-            self._bus.send(Message(mode, vector, icr.destination, bool(icr.logical), False, wide))
-            return
-        for lapic in (self,) if shorthand is Shorthand.SELF else tuple(self._bus.lapics):
-            if lapic is not self or shorthand is not Shorthand.OTHERS:
-                lapic.accept(mode, vector, False)
+        elif mode is DeliveryMode.INIT and icr & INIT_ASSERT == INIT_DEASSERT:
+            return  # only the arbitration IDs of old APICs cared
+        shorthand = SHORTHANDS[icr >> 18 & 3]
+        if shorthand is Shorthand.SELF:
+            self.accept(mode, vector, False)
+        elif shorthand is Shorthand.NONE:
+            logical = bool(icr & LOGICAL)
+            self._bus.send(Message(mode, vector, icr >> 32, logical, False, self.x2apic_mode))
+        else:
+            for lapic in tuple(self._bus.lapics):
+                if lapic is not self or shorthand is Shorthand.ALL:
+                    lapic.accept(mode, vector, False)
 
     # interrupts in
 
@@ -390,7 +398,7 @@ class Lapic:
         """Take an interrupt message; False when the APIC is disabled for it."""
         if not self.enabled:
             return False
-        if mode <= DeliveryMode.LOWEST_PRIORITY:
+        if mode <= LAST_FIXED:
             return self._accept_fixed(vector, level)
         if mode is DeliveryMode.NMI:
             self.sink.nmi()
@@ -405,7 +413,7 @@ class Lapic:
         return True
 
     def _accept_fixed(self, vector: int, level: bool) -> bool:
-        if not self._svr & Spurious.enable:
+        if not self._svr & SOFTWARE_ENABLE:
             return False
         if vector < 16:
             self._error(ApicError.RECEIVE_ILLEGAL_VECTOR)
@@ -452,13 +460,19 @@ class Lapic:
     def performance_interrupt(self) -> None:
         """A performance counter overflowed; its LVT entry masks itself."""
         self._fire(Reg.LVT_PERFORMANCE)
-        self._lvt[Reg.LVT_PERFORMANCE] |= int(Lvt.mask)
+        self._lvt[Reg.LVT_PERFORMANCE] |= MASKED
+
+    def _timer_expired(self) -> bool:
+        """Deliver; whether another expiry would do anything before something else happens."""
+        self._fire(Reg.LVT_TIMER)
+        lvt = self._lvt[Reg.LVT_TIMER]
+        return not (lvt & MASKED or self._irr >> (lvt & 0xFF) & 1)
 
     def _fire(self, entry: Reg) -> None:
         """Deliver one edge of a local source as its LVT entry says."""
         lvt = self._lvt[entry]
-        if not lvt & Lvt.mask:
-            self.accept(DELIVERY_MODES[Lvt(lvt).delivery_mode], lvt & int(Lvt.vector), False)
+        if not lvt & MASKED:
+            self.accept(DELIVERY_MODES[lvt >> 8 & 7], lvt & 0xFF, False)
 
     def set_lint(self, pin: int, level: bool) -> None:
         """Drive LINT0 (the 8259 pair's output) or LINT1 (the board's NMI line)."""

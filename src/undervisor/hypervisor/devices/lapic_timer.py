@@ -23,12 +23,14 @@ def divisor(divide_configuration: int) -> int:
 
 
 class LapicTimer:
-    """One-shot, periodic and TSC-deadline counting; `expired` is called at each expiry.
+    """One-shot, periodic and TSC-deadline counting.
 
-    `tsc_offset` is what the processor's TSC is ahead of the machine's clock.
+    `expired()` is called at each expiry and says whether another one could matter before
+    `resume` is called.  A periodic timer whose interrupt already waits, or is masked, then rests:
+    nobody can see the difference, and a machine in which nothing can happen has no deadlines.
     """
 
-    def __init__(self, clock: Clock, expired: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, expired: Callable[[], bool]) -> None:
         self._clock = clock
         self._expired = expired
         self._timer = clock.timer(self._expire)
@@ -41,7 +43,9 @@ class LapicTimer:
         self.initial_count = 0
         self.divide_configuration = 0
         self._divisor = 2
-        self._end = 0  # when the count reaches zero; meaningful while armed
+        self._end = 0  # when the count reaches zero
+        self._counting = False
+        self.resting = False
         self._deadline = 0  # IA32_TSC_DEADLINE; 0 is disarmed
         self._timer.cancel()
 
@@ -60,8 +64,9 @@ class LapicTimer:
         """Change the mode; to or from TSC-deadline mode disarms the timer."""
         if mode is self.mode:
             return
+        self.resume()
         if TimerMode.TSC_DEADLINE in (mode, self.mode):
-            self._timer.cancel()
+            self._stop()
             self._deadline = 0
         self.mode = mode
 
@@ -74,7 +79,7 @@ class LapicTimer:
 
     def current_count(self) -> int:
         """What is left; zero when the timer does not count."""
-        if self._timer.deadline is None or self.mode is TimerMode.TSC_DEADLINE:
+        if not self._counting:
             return 0
         left = self._end - self._clock.now()
         period = self.initial_count * self._divisor
@@ -90,7 +95,7 @@ class LapicTimer:
         if count:
             self._start(count)
 
-    def write_deadline(self, tsc: int) -> None:
+    def write_tsc_deadline(self, tsc: int) -> None:
         """WRMSR of IA32_TSC_DEADLINE: ignored outside TSC-deadline mode, zero disarms."""
         if self.mode is not TimerMode.TSC_DEADLINE:
             return
@@ -100,16 +105,28 @@ class LapicTimer:
         else:
             self._timer.cancel()
 
-    def read_deadline(self) -> int:
+    @property
+    def tsc_deadline(self) -> int:
         """RDMSR of IA32_TSC_DEADLINE: zero unless armed."""
         return self._deadline
 
+    def resume(self) -> None:
+        """The interrupt was taken or unmasked: further expiries matter again."""
+        if self.resting:
+            self.resting = False
+            self._next_period()
+
     def _start(self, count: int) -> None:
         if count:
+            self._counting, self.resting = True, False
             self._end = self._clock.now() + count * self._divisor
             self._timer.arm(self._end)
         else:
-            self._timer.cancel()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._counting = self.resting = False
+        self._timer.cancel()
 
     def _arm_deadline(self) -> None:
         now = self._clock.now()
@@ -121,10 +138,17 @@ class LapicTimer:
             self._expire()
 
     def _expire(self) -> None:
-        if self.mode is TimerMode.PERIODIC and self.initial_count:
-            period = max(self.initial_count * self._divisor, SHORTEST_PERIOD_NS)
-            missed = (self._clock.now() - self._end) // period  # periods slept through are one
-            self._end += (missed + 1) * period
-            self._timer.arm(self._end)
         self._deadline = 0
-        self._expired()
+        if self.mode is not TimerMode.PERIODIC or not self.initial_count:
+            self._counting = False
+            self._expired()
+        elif self._expired():
+            self._next_period()
+        else:
+            self.resting = True
+
+    def _next_period(self) -> None:
+        """Arm the first end of a period after now; periods slept through are one."""
+        period = max(self.initial_count * self._divisor, SHORTEST_PERIOD_NS)
+        self._end += ((self._clock.now() - self._end) // period + 1) * period
+        self._timer.arm(self._end)

@@ -156,10 +156,14 @@ class Controller:
 
 
 class Pic:
-    """Master and slave; `output(level)` is the master's INT pin."""
+    """Master and slave; `output(level)` is the master's INT pin.
+
+    `on_change` is called after each change of the master's state.
+    """
 
     def __init__(self, output: Callable[[bool], None]) -> None:
         self._output = output
+        self.on_change: Callable[[], None] = lambda: None
         self._level = False
         self.master = Controller(self._update, followed=1 << CASCADE)
         self.slave = Controller(self._update_slave)
@@ -219,3 +223,4 @@ class Pic:
         if level != self._level:
             self._level = level
             self._output(level)
+        self.on_change()

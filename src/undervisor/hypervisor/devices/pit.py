@@ -62,12 +62,17 @@ def to_bcd(value: int) -> int:
 
 
 class Channel:
-    """One counter; `rise()` is called, if given, when OUT rises."""
+    """One counter; `rise()` is called, if given, when OUT rises.
 
-    def __init__(self, clock: Clock, rise: Callable[[], None] | None = None) -> None:
+    It says whether another rise could matter before `resume` is called; else the channel rests:
+    it counts on, but asks for no more deadlines.
+    """
+
+    def __init__(self, clock: Clock, rise: Callable[[], bool] | None = None) -> None:
         self._clock = clock
         self._rise = rise
         self._timer = clock.timer(self._rose)
+        self.resting = False
         self.mode = 3
         self._bcd = False
         self._access = BOTH
@@ -112,6 +117,7 @@ class Channel:
         self._arm()
 
     def _arm(self) -> None:
+        self.resting = False
         if self._rise is None or self._start is None or self._stopped_at is not None:
             return
         rise = next_rise(self.mode, self._reload, self.pulses())
@@ -121,9 +127,19 @@ class Channel:
             self._timer.arm(self._start + -(-rise * NS // FREQUENCY))
 
     def _rose(self) -> None:
-        self._arm()
-        if self._rise is not None:
-            self._rise()
+        if self._rise is not None and self._rise():
+            self._arm()
+        else:
+            self.resting = True
+
+    def resume(self) -> None:
+        """Further rises matter again."""
+        if self.resting:
+            self._arm()
+
+    def _stop_timer(self) -> None:
+        self.resting = False
+        self._timer.cancel()
 
     def set_gate(self, level: bool) -> None:
         """The GATE pin: low stops modes 0, 2, 3, 4; a rise restarts 1, 2, 3 and 5."""
@@ -134,7 +150,7 @@ class Channel:
                 self._begin()
         elif falls and self._start is not None:
             self._stopped_at = self.pulses()
-            self._timer.cancel()
+            self._stop_timer()
         elif rises and (self._stopped_at is not None or self._start is not None):
             self._begin(0 if self.mode in (2, SQUARE_WAVE) else self._stopped_at or 0)
 
@@ -153,7 +169,7 @@ class Channel:
         self._start = self._stopped_at = self._low_byte = None
         self._reads_high, self._null_count, self._loaded = False, True, False
         self._latched = []
-        self._timer.cancel()
+        self._stop_timer()
 
     def latch_count(self) -> None:
         """The counter latch command: the next reads see the count of now."""
@@ -186,7 +202,7 @@ class Channel:
             self._low_byte = value
             if self.mode == 0:  # the first byte stops the count
                 self._start = None
-                self._timer.cancel()
+                self._stop_timer()
             return
         count = {LOW: value, HIGH: value << 8}.get(self._access, value << 8)
         count |= self._low_byte or 0
@@ -212,7 +228,7 @@ class Channel:
 class Pit:
     """Three channels and their control port; channel 2 is the speaker's, gated by port 0x61."""
 
-    def __init__(self, clock: Clock, irq: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, irq: Callable[[], bool]) -> None:
         self._clock = clock
         self.channels = (Channel(clock, irq), Channel(clock), Channel(clock))
         self.channels[2].gate = False

@@ -194,27 +194,32 @@ class Rtc:
     # interrupts
 
     def _arm(self) -> None:
-        """Arm what register B asks to interrupt for."""
+        """Arm what register B asks to interrupt for, as far as an interrupt is not out already.
+
+        What passes until register C is read, reading it finds out; only alarms must be watched.
+        """
         control, now = self._cmos[B], self._clock.now()
-        if control & (Control.update_interrupt | Control.alarm_interrupt):
-            self._second.arm((now // NS + 1) * NS)
-        else:
-            self._second.cancel()
+        watched = int(Control.alarm_interrupt)
+        if not self._flags & Flags.request:
+            watched |= Control.update_interrupt | Control.periodic_interrupt
+        watched &= control
         period = periodic_ns(self._cmos[A] & RATE)
-        if control & Control.periodic_interrupt and period:
+        self._second.cancel()
+        self._periodic.cancel()
+        if watched & (Control.update_interrupt | Control.alarm_interrupt):
+            self._second.arm((now // NS + 1) * NS)
+        if watched & Control.periodic_interrupt and period:
             self._periodic.arm((now // period + 1) * period)
-        else:
-            self._periodic.cancel()
 
     def _each_second(self) -> None:
-        self._arm()
         if self._held is None:
             matches = self._alarm_matches()
             self._raise(int(Flags.update) | (int(Flags.alarm) if matches else 0))
+        self._arm()
 
     def _each_period(self) -> None:
-        self._arm()
         self._raise(int(Flags.periodic))
+        self._arm()
 
     def _alarm_matches(self) -> bool:
         return all(
@@ -240,4 +245,5 @@ class Rtc:
         self._last_update = self._last_period = now
         self._flags = 0
         self._irq(False)
+        self._arm()
         return flags

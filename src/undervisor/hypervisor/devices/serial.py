@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from undervisor.arch.bits import Bits, Register
 from undervisor.hypervisor.devices.output import Output
@@ -18,6 +19,17 @@ LAST_LATCHED = 1  # DLAB replaces registers 0 and 1
 # Interrupt identification codes, highest priority first ("Interrupt Control Functions").
 LINE_ERROR, DATA_READY, TIMEOUT, TRANSMITTER_EMPTY, MODEM, NOTHING = 6, 4, 0xC, 2, 0, 1
 FIFOS_ON = 0xC0
+STARVED_POLLS = 64
+
+
+class Input(Protocol):
+    """Where the host's bytes for the guest come from."""
+
+    def poll(self) -> bytes:
+        """What has come since the last call; empty where nothing has."""
+
+    def wait(self) -> bytes:
+        """The same, but wait for something; empty when nothing will ever come again."""
 
 
 class InterruptEnable(Register):
@@ -62,6 +74,9 @@ class ModemStatus(Register):
     dcd = Bits(7)
 
 
+# Masks that every byte tests, looked up once.
+EMPTY_ENABLED = int(InterruptEnable.transmitter_empty)
+LOOPBACK = int(ModemControl.loopback)
 TRANSMITTER_IDLE = int(LineStatus.of(holding_empty=1, transmitter_empty=1))
 CONNECTED = int(ModemStatus.of(cts=1, dsr=1, dcd=1))
 DIVISOR_LATCH = 0x80
@@ -71,6 +86,7 @@ class Serial:
     """One UART of eight byte-wide registers.
 
     `irq(level)` drives its interrupt line; `sink(bytes)` takes output; `feed` gives input.
+    `on_starved` is called now and then while the guest polls for input that is not there.
     """
 
     def __init__(self, irq: Callable[[bool], None], sink: Callable[[bytes], None]) -> None:
@@ -85,6 +101,7 @@ class Serial:
         self._overrun = 0
         self._empty_pending = False  # the THRE interrupt: cleared by reading it
         self._idle_polls = 0
+        self.on_starved: Callable[[], None] = lambda: None
         self._readers: tuple[Callable[[], int], ...] = (
             self._read_data, lambda: self._ier, self._identify, lambda: self._lcr,
             lambda: self._mcr, self._line_status, self._modem_status, lambda: self._scratch,
@@ -99,6 +116,11 @@ class Serial:
         """Input from the host; it waits until the guest has taken what came before."""
         self._waiting.extend(data)
         self._receive()
+
+    @property
+    def can_interrupt_for_input(self) -> bool:
+        """Whether input would raise the interrupt line."""
+        return bool(self._ier & InterruptEnable.data_ready)
 
     def flush(self) -> None:
         """Hand buffered output to the sink: at the end of a run, and when the guest idles."""
@@ -122,7 +144,7 @@ class Serial:
 
     def _receive(self) -> None:
         """Move input into the FIFO as far as it has room; input is never lost to overrun."""
-        if not self._mcr & ModemControl.loopback:
+        if not self._mcr & LOOPBACK:
             room = (FIFO_DEPTH if self._fifo_control & 1 else 1) - len(self._fifo)
             for _ in range(min(room, len(self._waiting))):
                 self._fifo.append(self._waiting.popleft())
@@ -138,11 +160,11 @@ class Serial:
 
     def _write_data(self, value: int) -> None:
         self._idle_polls = 0
-        if self._mcr & ModemControl.loopback:
+        if self._mcr & LOOPBACK:
             self._loop_back(value)
         else:
             self._output.put(value)
-        if self._ier & InterruptEnable.transmitter_empty:
+        if self._ier & EMPTY_ENABLED:
             self._empty_pending = False
             self._update()  # the line must fall for an edge-triggered controller to see the rise
             self._empty_pending = True
@@ -160,7 +182,7 @@ class Serial:
     # control and status
 
     def _write_enable(self, value: int) -> None:
-        rises = value & ~self._ier & InterruptEnable.transmitter_empty
+        rises = value & ~self._ier & EMPTY_ENABLED
         self._ier = value & 0x0F
         if rises:
             self._empty_pending = True
@@ -181,7 +203,7 @@ class Serial:
     def _write_modem_control(self, value: int) -> None:
         self._mcr = value & 0x1F
         lines = CONNECTED
-        if value & ModemControl.loopback:
+        if value & LOOPBACK:
             # DTR, RTS, OUT1, OUT2 come back as DSR, CTS, RI, DCD.
             lines = int(
                 ModemStatus.of(
@@ -202,6 +224,8 @@ class Serial:
             self._idle_polls += 1
             if self._idle_polls == 2:
                 self._output.flush()
+            if self._idle_polls % STARVED_POLLS == 0:
+                self.on_starved()
         if self._overrun:
             self._overrun = 0
             self._update()
@@ -224,7 +248,7 @@ class Serial:
             trigger = TRIGGER_LEVELS[self._fifo_control >> 6] if self._fifo_control & 1 else 1
             # No more will come than what waits: below the trigger level is already a timeout.
             return DATA_READY if len(self._fifo) >= trigger else TIMEOUT
-        if ier & InterruptEnable.transmitter_empty and self._empty_pending:
+        if ier & EMPTY_ENABLED and self._empty_pending:
             return TRANSMITTER_EMPTY
         if ier & InterruptEnable.modem_status and self._msr & ModemStatus.changed:
             return MODEM
