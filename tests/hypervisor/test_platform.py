@@ -3,12 +3,10 @@ import struct
 
 import pytest
 
-from undervisor.arch.x86.cpuid import Version
 from undervisor.arch.x86.events import GuestFault
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun, EndReason
-from undervisor.hypervisor.models.overrides import named
-from undervisor.hypervisor.platform import Platform
+from undervisor.hypervisor.platform import Features, Platform
 
 MIB = 1 << 20
 LAPIC, IOAPIC = 0xFEE00000, 0xFEC00000
@@ -16,8 +14,6 @@ SVR, EOI, ID, ICR, ICR_HIGH = 0xF0, 0xB0, 0x20, 0x300, 0x310
 
 
 class Ram:
-    size = 64 * MIB
-
     def __init__(self):
         self.bytes = bytearray(MIB)
 
@@ -52,16 +48,16 @@ class Processor:
 
 
 class Board:
-    def __init__(self, cpu_count=2, cpu="intel", **options):
+    def __init__(self, cpu_count=2, **options):
         self.ns = 0
         self.ends, self.serial, self.console = [], [], []
         self.processors = [Processor() for _ in range(cpu_count)]
         self.platform = Platform(
-            clock=Clock(lambda: self.ns),
-            memory=Ram(),
-            sinks=self.processors,
-            model=named(cpu),
-            serial=self.serial.append,
+            Clock(lambda: self.ns),
+            self.processors,
+            Ram(),
+            64 * MIB,
+            serial_sink=self.serial.append,
             on_end=self.ends.append,
             **options,
         )
@@ -143,7 +139,7 @@ def test_flush_shows_what_is_buffered(board):
 def test_the_debug_console_is_absent_unless_connected(board):
     assert board.ports.read(0xE9, 1) == 0xFF
     seen = []
-    board = Board(console=seen.append)
+    board = Board(console_sink=seen.append)
     assert board.ports.read(0xE9, 1) == 0xE9
     board.out((0xE9, ord("!")))
     board.platform.flush()
@@ -214,29 +210,26 @@ def test_a_processor_starts_another(board):
 
 
 def test_the_processor_count_and_command_line_are_in_fw_cfg():
-    board = Board(cpu_count=3)
-    board.platform.set_command_line("x")
+    board = Board(cpu_count=3, command_line="x")
     board.ports.write(0x510, 2, 0x05)
     assert board.ports.read(0x511, 1) == 3
     board.ports.write(0x510, 2, 0x15)
     assert board.ports.read(0x511, 1) == ord("x")
 
 
-def test_the_cpu_model_decides_what_the_local_apic_can_do():
-    for cpu, written in (("intel", 0x40040), ("intel,-tsc-deadline", 0x40)):
-        lapic = Board(cpu=cpu).platform.lapics[0]
+def test_features_decide_what_the_local_apic_can_do():
+    for has_deadline, written in ((True, 0x40040), (False, 0x40)):
+        lapic = Board(features=Features(tsc_deadline=has_deadline)).platform.lapics[0]
         lapic.write(0x320, 4, 0x40040)
         assert lapic.read(0x320, 4) == written
-    lapic = Board(cpu="intel,-x2apic").platform.lapics[0]
+    lapic = Board(features=Features(x2apic=False)).platform.lapics[0]
     with pytest.raises(GuestFault):
         lapic.write_apic_base(lapic.apic_base | 1 << 10)
 
 
-def test_the_mp_table_names_the_cpu_model(board):
-    tables = dict(board.platform.tables())
-    who = board.platform.model.identity
-    signature = Version(struct.unpack_from("<I", tables[0xF0010], 44 + 4)[0])
-    assert (signature.family, signature.stepping) == (who.family, who.stepping)
+def test_the_mp_table_names_the_processors_signature():
+    tables = dict(Board(features=Features(signature=0xABCDE)).platform.tables())
+    assert struct.unpack_from("<I", tables[0xF0010], 44 + 4)[0] == 0xABCDE
 
 
 # waiting

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from undervisor.arch.x86.cpuid import Version
 from undervisor.hypervisor.devices import acpi, firmware, ioapic
 from undervisor.hypervisor.devices.board import (
     FastA20,
@@ -29,12 +29,21 @@ from undervisor.hypervisor.devices.pic import Pic
 from undervisor.hypervisor.devices.pit import Pit
 from undervisor.hypervisor.devices.rtc import Rtc
 from undervisor.hypervisor.devices.serial import Input, Serial
-from undervisor.hypervisor.models.model import CpuModel
 
 TIMER_IRQ, SERIAL_IRQ, RTC_IRQ = 0, 4, 8
 TIMER_PIN: Final = 2  # where ISA's IRQ 0 enters the I/O APIC
 PAGE: Final = 0x1000
 BYTE_ONLY: Final = True
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the CPU model says about the local APIC and addresses."""
+
+    x2apic: bool = True
+    tsc_deadline: bool = True
+    physical_address_bits: int = 40
+    signature: int = 0  # CPUID.01H:EAX, for the MP table
 
 
 class ProcessorMmio:
@@ -68,24 +77,26 @@ class Platform:
     """The board with `len(sinks)` processors; its state is as firmware leaves it for a kernel.
 
     `sinks[i]` is processor i's interrupt input, `on_end` is told when the guest ends its run.
-    `serial` and `console` take output in pieces; without `console` the debug console is absent.
-    `source` gives the serial port's input; without one only `feed_serial` does.
+    `serial_sink` and `console_sink` take output in pieces; without the latter the debug console
+    is absent.  `source` gives the serial port's input; without one only `feed_serial` does.
     """
 
     def __init__(
         self,
-        *,
         clock: Clock,
-        memory: GuestMemory,
         sinks: Sequence[InterruptSink],
-        model: CpuModel,
-        serial: Callable[[bytes], None],
+        memory: GuestMemory,
+        ram_size: int,
+        *,
+        serial_sink: Callable[[bytes], None],
         on_end: OnEnd,
-        console: Callable[[bytes], None] | None = None,
+        console_sink: Callable[[bytes], None] | None = None,
         source: Input | None = None,
+        command_line: str = "",
+        features: Features | None = None,
     ) -> None:
         self.clock = clock
-        self.model = model
+        self.features = features or Features()
         self.cpu_count = len(sinks)
         self.ports = PortBus()
         self.bus = InterruptBus()
@@ -93,12 +104,13 @@ class Platform:
         self.ioapic = IoApic(self.bus, self.cpu_count)
         self.pic = Pic(self._drive_lint0)
         self.pit = Pit(clock, self._tick)
-        self.rtc = Rtc(clock, lambda up: self.irq(RTC_IRQ, up), memory.size, self.cpu_count)
-        self.serial = Serial(lambda level: self.irq(SERIAL_IRQ, level), serial)
-        self.console = Output(console) if console else None
+        self.rtc = Rtc(clock, lambda level: self.irq(RTC_IRQ, level), ram_size, self.cpu_count)
+        self.serial = Serial(lambda level: self.irq(SERIAL_IRQ, level), serial_sink)
+        self.console = Output(console_sink) if console_sink else None
         self.fw_cfg = FwCfg(
-            standard_items(memory.size, self.cpu_count), standard_files(memory.size), memory
+            standard_items(ram_size, self.cpu_count), standard_files(ram_size), memory
         )
+        self.fw_cfg.set_command_line(command_line)
         self.mmio = self._make_mmio()
         self._source = source
         self.serial.on_starved = self._poll_source
@@ -139,9 +151,10 @@ class Platform:
 
     def tables(self) -> list[tuple[int, bytes]]:
         """What firmware puts into memory, as `(gpa, bytes)`: ACPI, MP table, BIOS data area."""
-        who = self.model.identity
-        signature = Version.build(who.family, who.model, who.stepping)
-        return [*acpi.build(self.cpu_count), *firmware.build(self.cpu_count, signature)]
+        return [
+            *acpi.build(self.cpu_count),
+            *firmware.build(self.cpu_count, self.features.signature),
+        ]
 
     def _make_lapic(self, cpu: int, sink: InterruptSink) -> Lapic:
         return Lapic(
@@ -149,9 +162,9 @@ class Platform:
             self.clock,
             self.bus,
             sink,
-            x2apic=self.model.has("x2apic"),
-            tsc_deadline=self.model.has("tsc-deadline"),
-            physical_address_bits=self.model.physical_width,
+            x2apic=self.features.x2apic,
+            tsc_deadline=self.features.tsc_deadline,
+            physical_address_bits=self.features.physical_address_bits,
         )
 
     def _make_mmio(self) -> list[ProcessorMmio]:

@@ -26,14 +26,7 @@ class Device(Protocol):
 
 
 class GuestMemory(Protocol):
-    """The guest's RAM by guest-physical address, for devices that do DMA.
-
-    `size` is all of it, in bytes.
-    """
-
-    @property
-    def size(self) -> int:
-        """Bytes of RAM."""
+    """The guest's RAM by guest-physical address, for devices that do DMA."""
 
     def is_ram(self, gpa: int, size: int, /) -> bool:
         """Whether all of the range is the guest's RAM; ask before `read` and `write`."""
