@@ -45,6 +45,9 @@ def bitness(vcpu: Vcpu) -> int:
 
 def fetch(vcpu: Vcpu) -> bytes:
     """The bytes at the instruction pointer: 15, or fewer before a page that cannot be fetched."""
+    data = vcpu.processor.instruction_bytes()
+    if data:
+        return data
     gva = vcpu.linear_rip()
     hpa = vcpu.translate(gva, FETCH)
     if isinstance(hpa, Fault):

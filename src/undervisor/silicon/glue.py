@@ -23,6 +23,11 @@ from undervisor.silicon.layout import (
     SEGMENT_FLAGS,
     SEGMENT_LIMIT,
     SEGMENT_SELECTOR,
+    TLB_ADDEND,
+    TLB_CODE,
+    TLB_ENTRY_BITS,
+    TLB_MASK,
+    TLB_TABLE,
     Env,
     Hflags,
 )
@@ -67,12 +72,15 @@ _WORLD_SEGMENTS = (
     (V.DS_SELECTOR, Env.DS),
 )
 # What VMLOAD loads and VMSAVE saves.
-_EXTRA = (
+_SYSCALL = (
     (V.KERNEL_GS_BASE, Env.KERNEL_GS_BASE, 64),
     (V.STAR, Env.STAR, 64),
     (V.LSTAR, Env.LSTAR, 64),
     (V.CSTAR, Env.CSTAR, 64),
     (V.SFMASK, Env.SFMASK, 64),
+)
+# The part of it that VMX transitions switch as well.
+_SYSENTER = (
     (V.SYSENTER_CS, Env.SYSENTER_CS, 32),
     (V.SYSENTER_ESP, Env.SYSENTER_ESP, 64),
     (V.SYSENTER_EIP, Env.SYSENTER_EIP, 64),
@@ -243,20 +251,20 @@ def _save_world() -> str:
     return body.function("@save_world(ptr %env, ptr %vmcb)")
 
 
-def _load_extra() -> str:
+def _load_extra(name: str, moves: tuple[tuple[int, int, int], ...]) -> str:
     body = _Body()
-    body.move("%vmcb", "%env", _EXTRA, to_state=True)
+    body.move("%vmcb", "%env", moves, to_state=True)
     for vmcb, env in _EXTRA_SEGMENTS:
         body.load_segment(vmcb, env)
-    return body.function("@load_extra(ptr %env, ptr %vmcb)")
+    return body.function(f"@{name}(ptr %env, ptr %vmcb)")
 
 
-def _save_extra() -> str:
+def _save_extra(name: str, moves: tuple[tuple[int, int, int], ...]) -> str:
     body = _Body()
-    body.move("%env", "%vmcb", _EXTRA, to_state=False)
+    body.move("%env", "%vmcb", moves, to_state=False)
     for vmcb, env in _EXTRA_SEGMENTS:
         body.save_segment(vmcb, env)
-    return body.function("@save_extra(ptr %env, ptr %vmcb)")
+    return body.function(f"@{name}(ptr %env, ptr %vmcb)")
 
 
 # What Python's exit handler may ask for when it returns.
@@ -287,6 +295,7 @@ define void @on_interrupt(ptr %uc, i32 %number, ptr %user) {{
   %is_exception = icmp ult i32 %number, 256
   br i1 %is_exception, label %deliver, label %exit
 exit:
+  call void @fetch(ptr %env)
   %code = sub i32 %number, 256
   %action = call i32 @on_exit(i32 %code)
   switch i32 %action, label %done [ i32 {ACTION_STOP}, label %stop
@@ -327,6 +336,67 @@ define void @walk_no_execute() naked {{
  1: jmpq *walk_resume(%rip)
  2: jmpq *walk_fault(%rip)", ""()
   unreachable
+}}
+
+; The bytes at the instruction pointer, where the emulator's own TLB has just translated it: like
+; the guest instruction bytes of AMD's decode assists.  `fetched` is 0 where there are none.
+@fetched = global i64 0
+@instruction = global [16 x i8] zeroinitializer
+define void @fetch(ptr %env) {{
+  store i64 0, ptr @fetched
+  %rip_at = getelementptr i8, ptr %env, i64 {Env.RIP.value}
+  %rip = load i64, ptr %rip_at
+  %base_at = getelementptr i8, ptr %env, i64 {Env.CS + SEGMENT_BASE}
+  %base = load i64, ptr %base_at
+  %wide = add i64 %base, %rip
+  %flags_at = getelementptr i8, ptr %env, i64 {Env.HFLAGS.value}
+  %hflags = load i32, ptr %flags_at
+  %long = and i32 %hflags, {1 << Hflags.CS64}
+  %is_long = icmp ne i32 %long, 0
+  %narrow = and i64 %wide, 4294967295
+  %linear = select i1 %is_long, i64 %wide, i64 %narrow
+  %offset = and i64 %linear, 4095
+  %inside = icmp ule i64 %offset, 4080
+  br i1 %inside, label %index, label %none
+index:
+  %cpl = and i32 %hflags, 3
+  %is_user = icmp eq i32 %cpl, 3
+  %smap = and i32 %hflags, {1 << Hflags.SMAP}
+  %has_smap = icmp ne i32 %smap, 0
+  %rflags_at = getelementptr i8, ptr %env, i64 {Env.RFLAGS.value}
+  %rflags = load i64, ptr %rflags_at
+  %ac = and i64 %rflags, 262144
+  %no_ac = icmp eq i64 %ac, 0
+  %checked = and i1 %has_smap, %no_ac
+  %kernel = select i1 %checked, i64 0, i64 2
+  %mode = select i1 %is_user, i64 1, i64 %kernel
+  %scaled = mul i64 %mode, 16
+  %fast = getelementptr i8, ptr %env, i64 %scaled
+  %mask_at = getelementptr i8, ptr %fast, i64 {TLB_MASK}
+  %mask = load i64, ptr %mask_at
+  %table_at = getelementptr i8, ptr %fast, i64 {TLB_TABLE}
+  %table = load ptr, ptr %table_at
+  %page_number = lshr i64 %linear, 12
+  %mask_entries = lshr i64 %mask, {TLB_ENTRY_BITS}
+  %entry_number = and i64 %mask_entries, %page_number
+  %entry_offset = shl i64 %entry_number, {TLB_ENTRY_BITS}
+  %entry = getelementptr i8, ptr %table, i64 %entry_offset
+  %tag_at = getelementptr i8, ptr %entry, i64 {TLB_CODE}
+  %tag = load i64, ptr %tag_at
+  %page = and i64 %linear, -4096
+  %hit = icmp eq i64 %tag, %page
+  br i1 %hit, label %copy, label %none
+copy:
+  %addend_at = getelementptr i8, ptr %entry, i64 {TLB_ADDEND}
+  %addend = load i64, ptr %addend_at
+  %host = add i64 %linear, %addend
+  %source = inttoptr i64 %host to ptr
+  %bytes = load i128, ptr %source, align 1
+  store i128 %bytes, ptr @instruction, align 1
+  store i64 1, ptr @fetched
+  ret void
+none:
+  ret void
 }}
 
 ; Every block of guest code comes here first: the clock, and the end of the slice.
@@ -395,7 +465,14 @@ REDIRECTED = {
 def source() -> str:
     """The whole module as LLVM IR."""
     stand_ins = [_redirect(f"leave_{name}", *row) for name, row in REDIRECTED.items()]
-    worlds = [_load_world(), _save_world(), _load_extra(), _save_extra()]
+    worlds = [
+        _load_world(),
+        _save_world(),
+        _load_extra("load_extra", _SYSCALL + _SYSENTER),
+        _save_extra("save_extra", _SYSCALL + _SYSENTER),
+        _load_extra("load_vmx_extra", _SYSENTER),
+        _save_extra("save_vmx_extra", _SYSENTER),
+    ]
     return "\n".join([_HOOKS, *stand_ins, *worlds])
 
 

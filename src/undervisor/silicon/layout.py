@@ -105,6 +105,14 @@ class Hflags(IntEnum):
     SMAP = 23
 
 
+# The emulator's TLB: a mask and a table for each of three modes lie just below the state, and an
+# entry holds the page's tag for fetches and what to add to an address to find the host's.
+TLB_MASK = -0x40
+TLB_TABLE = -0x38
+TLB_ENTRY_BITS = 6
+TLB_CODE = 0x10
+TLB_ADDEND = 0x20
+
 HFLAGS2_GIF = 1 << 0
 HFLAGS2_NESTED_PAGING = 1 << 6
 NESTED_PAGING_LONG_NX = 0b111  # PAE, long mode, no-execute

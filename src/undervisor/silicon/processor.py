@@ -116,6 +116,11 @@ class Processor:
         self._save_world = native("save_world", pointer, pointer)
         self._load_extra = native("load_extra", pointer, pointer)
         self._save_extra = native("save_extra", pointer, pointer)
+        self._load_vmx_extra = native("load_vmx_extra", pointer, pointer)
+        self._save_vmx_extra = native("save_vmx_extra", pointer, pointer)
+        self._fetched = variable("fetched", 0)
+        raw = (ctypes.c_ubyte * 16).from_address(compiled.variable("instruction"))
+        self._instruction = memoryview(raw).cast("B")
         return compiled
 
     def _hook(self) -> None:
@@ -198,6 +203,18 @@ class Processor:
     def save_extra(self, vmcb: SiliconVmcb) -> None:
         """What VMSAVE saves."""
         self._save_extra(self._env, vmcb.pointer)
+
+    def load_vmx_extra(self, vmcb: SiliconVmcb) -> None:
+        """What VMX transitions load and VMRUN does not: FS, GS, TR, LDTR and SYSENTER.. ."""
+        self._load_vmx_extra(self._env, vmcb.pointer)
+
+    def save_vmx_extra(self, vmcb: SiliconVmcb) -> None:
+        """What VMX transitions save and #VMEXIT does not."""
+        self._save_vmx_extra(self._env, vmcb.pointer)
+
+    def instruction_bytes(self) -> bytes:
+        """15 bytes at the exiting instruction, or none where the silicon did not have them."""
+        return bytes(self._instruction[:15]) if self._fetched.value else b""
 
     def reset(self) -> None:
         """The whole state as it was when the processor was built."""
