@@ -101,9 +101,10 @@ UNSUPPORTED: dict[str, str] = _each(
             "amx-bf16 amx-tile amx-int8"
         ),
         "the instruction raises #UD on the silicon": (
-            "sha-ni gfni clwb clzero pku movdiri movdir64b serialize 3dnow 3dnowext tbm lwp "
-            "monitorx rdpru waitpkg pcommit"
+            "sha-ni gfni clwb clzero pku movdiri movdir64b serialize 3dnow 3dnowext "
+            "monitorx rdpru pcommit"
         ),
+        "the silicon takes the encoding for another instruction": "tbm lwp waitpkg",
         "the silicon runs it as a no-operation or partly": "mpx cldemote wbnoinvd prefetchwt1",
         "the silicon's XRSTOR does not know the compacted form": "xsavec",
         "the silicon's FXSAVE stores the XMM registers whatever EFER.FFXSR says": "fxsr-opt",
