@@ -41,6 +41,16 @@ def _nothing(text: str) -> bool:
     return plain in (*empty, "off", "true", "false", "to be filled by o.e.m.")
 
 
+def _no_credential(text: str) -> bool:
+    """Values of credential options that are none: paths, switches, numbers."""
+    return _nothing(text) or text.startswith(("/", "-")) or text.isdigit()
+
+
+_WORDS = (
+    r"(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|auth[_-]?key|access[_-]?key|credential)"
+)
+_VALUE = r"(?P<secret>\"[^\"\n]{1,4000}\"|'[^'\n]{1,4000}'|[^\s,;&\"']{4,4000})"
+
 PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "private-key",
@@ -60,11 +70,14 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "credential",
         re.compile(
-            r"(?i)(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|auth[_-]?key|access[_-]?key"
-            r"|credential|(?<![\w-])(?:key|data|pw|pwd|pass))"
-            r"(?:\s*[=:]\s*|\s+(?=[^\s-]))(?P<secret>\"[^\"\n]{1,4000}\"|'[^'\n]{1,4000}'|[^\s,;&\"']{4,4000})"
+            rf"(?i)(?:{_WORDS}[\"']?\s*[=:]|(?<![\w-])(?:key|data|pw|pwd|pass)=)\s*{_VALUE}"
         ),
-        keep=lambda text: _nothing(text) or text.startswith(("/", "-")) or text.isdigit(),
+        keep=_no_credential,
+    ),
+    Pattern(
+        "credential",
+        re.compile(rf"(?i)(?<!\S)--?(?:[\w-]{{0,30}}-)?{_WORDS}\s+{_VALUE}"),
+        keep=_no_credential,
     ),
     Pattern(
         "serial",

@@ -30,7 +30,6 @@ from undervisor.host.access.recorded import FORMAT
 from undervisor.host.fact import Absent, Denied, Fact, Known, Missing
 from undervisor.host.redact import Redactor
 
-
 _ONLY_ENTRIES = {"/proc/1/environ": (b"\0", b"container=")}
 """Files of which a recording keeps only entries that begin so: the rest is nobody's business."""
 

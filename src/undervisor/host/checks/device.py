@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from undervisor.host.checks.finding import Finding, Kind, Layer, Level
+from undervisor.host.checks.place import extension_missing
 from undervisor.host.fact import Absent, Known, value_or
 from undervisor.host.facts.kvm import DEVICE, Presence, device_is_kvm
 from undervisor.host.facts.machine import Machine
@@ -53,7 +54,8 @@ def check(machine: Machine) -> Iterator[Finding]:
     """Findings about the device; silent where KVM itself is missing, which says it all."""
     device = machine.kvm.device
     if isinstance(device, Absent):
-        if _active(machine):
+        # A backend without its extension makes no device: said already, in a lower layer.
+        if _active(machine) and (machine.kvm.others or not extension_missing(machine)):
             container = isinstance(machine.place.container, Known)
             yield (NO_DEVICE_IN_CONTAINER if container else MISSING).found(device)
         return

@@ -151,6 +151,8 @@ def check(machine: Machine) -> Iterator[Finding]:
     yield from _version(machine)
     if machine.kvm.others and machine.kvm.presence not in (Presence.LOADED, Presence.BUILT_IN):
         yield SOFTWARE_BACKEND.found("active backend: " + ", ".join(machine.kvm.others))
+    elif machine.processor.x86 and not machine.processor.extension:
+        yield KVM_UNKNOWN.found("which backend it needs: the processor's vendor is not known")
     elif not extension_missing(machine):
         yield from _presence(machine)
     if machine.kvm.presence in (Presence.LOADED, Presence.BUILT_IN):
@@ -174,7 +176,8 @@ def _version(machine: Machine) -> Iterator[Finding]:
     version = machine.kernel.version
     if not isinstance(version, Known) or not machine.processor.x86:
         return
-    if version.value < Version(4, 20):
+    # Red Hat's kernels keep their number and take nested code from much later ones.
+    if version.value < Version(4, 20) and ".el" not in value_or(machine.kernel.release, ""):
         yield OLD.found(f"kernel {value_or(machine.kernel.release, '')}")
     for defect in DEFECTS:
         if defect.broken <= version.value < defect.fixed:

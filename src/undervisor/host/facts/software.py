@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lxml import etree
 
 from undervisor.host.access.protocol import Host, Output
-from undervisor.host.fact import Absent, Fact, Known, Unknown, then, value_or
+from undervisor.host.fact import Absent, Denied, Fact, Known, Unknown, then, value_or
 from undervisor.host.facts.version import Version, parse_version
 
 QEMU_BINARIES = ("qemu-system-{arch}", "/usr/libexec/qemu-kvm", "kvm")
@@ -161,12 +161,14 @@ def _version(host: Host, argv: list[str]) -> Fact[Version]:
 
 
 def _qemu(host: Host, architecture: str) -> Fact[Version]:
-    fact: Fact[Version] = Absent("qemu")
-    for binary in QEMU_BINARIES:
-        fact = _version(host, [binary.format(arch=architecture), "--version"])
-        if isinstance(fact, Known):
-            return fact
-    return fact if not isinstance(fact, Absent) else Absent("qemu-system, qemu-kvm, kvm")
+    names = [binary.format(arch=architecture) for binary in QEMU_BINARIES]
+    facts = [_version(host, [name, "--version"]) for name in names]
+    # The first that tells its version; else the first that is there and does not.
+    for kind in (Known, Unknown, Denied):
+        for fact in facts:
+            if isinstance(fact, kind):
+                return fact
+    return Absent(", ".join(names))
 
 
 def _virsh(host: Host, *words: str) -> Fact[str]:
