@@ -24,6 +24,7 @@ class Outcome(Enum):
     FAIL_HOST = "VMfailValid 8: VM entry with invalid host-state field(s)"
     EXIT_GUEST_STATE = "VM exit 33: VM-entry failure due to invalid guest state"
     EXIT_MSR_LOADING = "VM exit 34: VM-entry failure due to MSR loading"
+    ABORT_MSR_SAVING = "VMX abort 1: there was a failure in saving guest MSRs"
     VMEXIT_INVALID = "#VMEXIT with VMEXIT_INVALID (-1)"
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR
 from undervisor.arch.vmx.checks.inputs import EntryInput
-from undervisor.arch.vmx.checks.msr_lists import RULES, check_msr_load, read_list
+from undervisor.arch.vmx.checks.msr_lists import RULES, check_msr_load, check_msr_store, read_list
 
 EFER, STAR, SMM_MONITOR_CTL = 0xC000_0080, 0xC000_0081, 0x9B
 
@@ -17,6 +17,14 @@ BROKEN = {
 }
 
 
+NOT_SAVED = {
+    "vmx.msr-store.x2apic": (0x80B, 0),
+    "vmx.msr-store.smm-only": (0x9E, 0),
+    "vmx.msr-store.reserved": (STAR, 1),
+    "vmx.msr-store.readable": (0x1234, 0),
+}
+
+
 def writable(index, value):
     return not (index == EFER and value & 2)
 
@@ -26,7 +34,7 @@ def check(entries, **options):
 
 
 def test_every_rule_is_tested():
-    assert {rule.id for rule in RULES} == set(BROKEN)
+    assert {rule.id for rule in RULES} == set(BROKEN) | set(NOT_SAVED)
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -63,3 +71,26 @@ def test_a_list_is_read_from_memory_entry_by_entry():
     memory = {0x1000: 7 << 32 | STAR, 0x1008: 5, 0x1010: EFER, 0x1018: 0xD01}
     entries = list(read_list(memory.__getitem__, 0x1000, 2))
     assert entries == [(STAR, 7, 5), (EFER, 0, 0xD01)]
+
+
+@pytest.mark.parametrize("rule", NOT_SAVED)
+def test_an_entry_that_cannot_be_saved_is_numbered_from_one(rule):
+    saved = []
+    failure = check_msr_store(
+        [(STAR, 0), (EFER, 0), NOT_SAVED[rule]],
+        CURRENT_PROCESSOR,
+        readable=lambda index: index != 0x1234,
+        save=lambda *entry: saved.append(entry),
+    )
+    assert failure.number == 3
+    assert [violation.rule.id for violation in failure.violations] == [rule]
+    assert saved == [(1, STAR), (2, EFER)]
+
+
+def test_a_good_list_is_saved_whole():
+    assert check_msr_store([(STAR, 0), (EFER, 0)], CURRENT_PROCESSOR) is None
+
+
+def test_in_smm_its_base_may_be_saved():
+    inputs = {EntryInput.IN_SMM: 1}
+    assert check_msr_store([(0x9E, 0)], CURRENT_PROCESSOR, inputs=inputs) is None
