@@ -11,6 +11,8 @@ static bool is_x2apic(void) { return rdmsr(MSR_APIC_BASE) & APIC_BASE_X2APIC; }
 
 static volatile u32 *mapped(enum apic_register reg) { return pointer(APIC_PAGE + reg); }
 
+bool apic_is_mapped(void) { return !is_x2apic(); }
+
 static void apic_write(enum apic_register reg, u32 value)
 {
     if (is_x2apic())

@@ -26,6 +26,7 @@ enum {
 #define APIC_PAGE 0xfee00000UL
 
 void apic_enable(void);
+bool apic_is_mapped(void); /* xAPIC mode */
 u32 apic_id(void);
 void apic_send(u32 apic_id, u32 command);
 void apic_end_of_interrupt(void);

@@ -1,4 +1,4 @@
-/* From Multiboot's 32-bit protected mode to 64-bit C, on the processor that the firmware started. */
+/* From Multiboot's 32-bit protected mode to 64-bit C, on the processor that firmware started. */
 
 #define MULTIBOOT_MAGIC 0x1badb002
 #define MULTIBOOT_FLAGS 3               /* modules on page boundaries, memory sizes wanted */

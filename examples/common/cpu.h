@@ -5,6 +5,8 @@
 
 enum {
     CR0_PE = 1 << 0,
+    CR0_ET = 1 << 4,
+    CR0_NE = 1 << 5,
     CR4_VMXE = 1 << 13,
 };
 
@@ -31,6 +33,12 @@ enum vector {
     VECTOR_GP = 13,
     VECTOR_SX = 30,
 };
+
+/* CPUID: the bits of ECX about virtualization, in leaf 1 and in the extended leaf. */
+#define CPUID_EXTENDED 0x80000001U
+#define CPUID_VMX BIT(5)
+#define CPUID_HYPERVISOR_PRESENT BIT(31)
+#define CPUID_SVM BIT(2)
 
 struct cpuid {
     u32 eax, ebx, ecx, edx;

@@ -19,7 +19,9 @@ void emulate_cpuid(struct cpu *cpu)
 
     cpu->exits[EXIT_OF_CPUID]++;
     if (leaf == 1)
-        result.ecx |= 1U << 31; /* a hypervisor is present */
+        result.ecx = (result.ecx & ~(u32)CPUID_VMX) | CPUID_HYPERVISOR_PRESENT;
+    if (leaf == CPUID_EXTENDED)
+        result.ecx &= ~(u32)CPUID_SVM;
     if (leaf == CPUID_HYPERVISOR) {
         const u32 *words = (const void *)hypervisor_signature;
         result = (struct cpuid){CPUID_HYPERVISOR, words[0], words[1], words[2]};

@@ -26,7 +26,7 @@ enum hypercall {
 #define EMULATED_PORT 0x5a50
 #define EMULATED_PORT_COUNT 4
 
-/* Guest-physical addresses without memory: one 2 MiB window for each processor, mapped when used. */
+/* Guest-physical addresses without memory: a 2 MiB window for each processor, mapped when used. */
 #define HOLE_BASE GIB(2)
 #define HOLE_SIZE MIB(2)
 #define HOLE_PATTERN 0x686f6c65UL
@@ -66,24 +66,27 @@ struct cpu {
     u32 level;                          /* 1 or 2: who runs here now */
     volatile u32 stage;
     const char *failure;                /* the first thing that L2 found wrong */
+    u32 waits_for_startup, startup_vector; /* as L1 has it from L2's local APIC */
 
     void *host_save;                    /* SVM: VM_HSAVE_PA */
     struct descriptors guest_descriptors, host_descriptors;
 
     /* L2 reads what L1 wrote in between. */
-    volatile u32 pings, faults;
+    volatile u32 pings, faults, inits;
     volatile u32 exits[EXIT_KINDS];
     volatile u32 page_reads, page_writes;
-    volatile u64 shadow_sysenter_eip;
+    volatile u64 shadow_sysenter_eip; /* what L2 has in the register that L1 intercepts */
     u32 port_value;
     u32 checksum, primes;
 };
 
-/* How far a processor is.  Each stage is reached once, in this order. */
-enum stage { ABSENT, STARTED, READY, VIRTUALIZED, WORKED, PINGED, BACK };
+/* How far a processor is.  Each stage is reached once, in this order; some leave out IN_HOST. */
+enum stage { ABSENT, IN_HOST, STARTED, READY, VIRTUALIZED, WORKED, PINGED, BACK };
 
 struct options {
-    u64 page_size; /* of the nested page tables: 4 KiB, 2 MiB or 1 GiB */
+    u64 page_size;      /* of the nested page tables: 4 KiB, 2 MiB or 1 GiB */
+    bool trap_apic;     /* the processors are started by L2, whose local APIC L1 emulates */
+    bool catch_init;    /* an INIT for L2 comes to L1 */
     bool verbose;
 };
 
@@ -120,12 +123,18 @@ void emulate_port(struct cpu *cpu, u16 port, unsigned size, bool is_input);
 void emulate_hole(struct cpu *cpu, u64 guest_physical, bool is_write);
 enum verdict emulate_hypercall(struct cpu *cpu);
 
+/* apic_trap.c: an access of L2 to its local APIC; returns the length of the instruction. */
+unsigned emulate_apic(struct cpu *cpu, u64 rip, u64 guest_physical);
+
 /* hypervisor.c of the vendor. */
 extern const char vendor_name[];       /* "AMD SVM" */
 extern const char nested_paging_name[];
+extern const char catch_init_option[];  /* the word for it on the command line */
 extern const char hypervisor_signature[13];
 void check_support(void);               /* panics with what is missing */
+void build_intercept_maps(void);
 void virtualize_this_cpu(struct cpu *cpu); /* returns as L2 */
+void NORETURN run_from_startup(struct cpu *cpu); /* L2 begins in real mode at startup_vector */
 u64 read_guest_sysenter_esp(struct cpu *cpu);
 u64 hypercall(enum hypercall number, u64 argument);
 const char *check_virtualization_is_hidden(void);  /* in L2; NULL if it is */

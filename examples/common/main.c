@@ -22,7 +22,6 @@ struct multiboot {
 };
 enum { MULTIBOOT_HAS_MEMORY = 1, MULTIBOOT_HAS_COMMAND_LINE = 4 };
 
-/* The boot page tables reach 4 GiB; memory is used up to the hole. */
 enum { MOST_COMMAND_LINE = 256 };
 
 struct machine machine;
@@ -35,7 +34,7 @@ static void read_multiboot(u32 magic, const struct multiboot *information)
         panic(FAILED_SUPPORT, "not started by a Multiboot loader that tells the memory's size");
     machine.memory_top = MIB(1) + KIB(information->memory_upper);
     if (machine.memory_top > HOLE_BASE)
-        machine.memory_top = HOLE_BASE;
+        machine.memory_top = HOLE_BASE; /* the rest is not used */
     if (information->flags & MULTIBOOT_HAS_COMMAND_LINE) {
         const char *from = pointer(information->command_line);
         for (int i = 0; i < MOST_COMMAND_LINE - 1 && from[i]; i++)
@@ -49,9 +48,19 @@ static const char *page_size_name(u64 size)
     return size == KIB(4) ? "4 KiB" : size == MIB(2) ? "2 MiB" : "1 GiB";
 }
 
+/* The first processor keeps the time; the others wait as long as it does. */
+static bool wait_here(const volatile u32 *value, u32 least)
+{
+    if (this_cpu()->index == 0)
+        return wait_for(value, least);
+    while (*value < least)
+        pause();
+    return true;
+}
+
 static void wait_for_stage(u32 index, enum stage stage)
 {
-    if (!wait_for(&machine.cpus[index].stage, stage))
+    if (!wait_here(&machine.cpus[index].stage, stage))
         panic(FAILED_STARTUP, "cpu %u stopped at stage %u, before stage %u", index,
               machine.cpus[index].stage, stage);
 }
@@ -69,26 +78,48 @@ static void live_as_guest(struct cpu *cpu)
 static void wait_for_ping(struct cpu *cpu)
 {
     interrupts_on();
-    if (!wait_for(&cpu->pings, 1))
+    if (!wait_here(&cpu->pings, 1))
         panic(FAILED_CHECK, "cpu %u: no interprocessor interrupt came", cpu->index);
     interrupts_off();
     cpu->stage = PINGED;
 }
 
+/* The first processor sends an INIT to each of the others, which must not reach L2. */
+static void expect_init(struct cpu *cpu)
+{
+    if (machine.options.catch_init)
+        wait_here(&cpu->inits, 1);
+}
+
+static void send_init(struct cpu *cpu)
+{
+    if (!machine.options.catch_init)
+        return;
+    apic_send(cpu->apic_id, COMMAND_INIT | COMMAND_ASSERT);
+    if (!wait_here(&cpu->inits, 1))
+        panic(FAILED_CHECK, "cpu %u: its INIT did not become an exit to L1", cpu->index);
+}
+
 static void leave_guest(struct cpu *cpu)
 {
     hypercall(HYPERCALL_LEAVE, 0);
+    if (cpuid(CPUID_HYPERVISOR, 0).ebx == *(const u32 *)hypervisor_signature)
+        panic(FAILED_CHECK, "cpu %u: still virtualized after it left", cpu->index);
     cpu->stage = BACK;
 }
 
 static void run_other_cpu(struct cpu *cpu)
 {
+    bool is_guest = cpu->level == 2; /* L2 was started by L2 */
+
     start_this_cpu(cpu);
-    while (machine.cpus[0].stage < READY) /* until all have been started */
-        pause();
-    virtualize_this_cpu(cpu);
+    if (!is_guest) {
+        wait_for_stage(0, READY); /* until all have been started */
+        virtualize_this_cpu(cpu);
+    }
     live_as_guest(cpu);
     wait_for_ping(cpu);
+    expect_init(cpu);
     leave_guest(cpu);
     for (;;)
         halt();
@@ -100,6 +131,11 @@ static void report_cpu(const struct cpu *cpu)
         print("cpu %u: L2 FAILED, %s\n", cpu->index, cpu->failure);
         return;
     }
+    if (cpu->startup_vector)
+        print("cpu %u: started by L2; L1 caught the INIT and the startup IPI for vector 0x%02x\n",
+              cpu->index, cpu->startup_vector);
+    if (cpu->inits)
+        print("cpu %u: L1 caught an INIT that was sent to L2\n", cpu->index);
     print("cpu %u: L2 ok; exits: cpuid %u, msr %u, hypercall %u, port %u, page %u, halt %u, "
           "instruction %u; faults %u, interrupts %u, crc %08x\n",
           cpu->index, cpu->exits[EXIT_OF_CPUID], cpu->exits[EXIT_OF_MSR],
@@ -144,10 +180,14 @@ void NORETURN main(u32 magic, const struct multiboot *information)
 
     check_support();
     build_nested_tables();
-    start_other_cpus(run_other_cpu);
+    build_intercept_maps();
+    if (!machine.options.trap_apic)
+        start_other_cpus(run_other_cpu);
     first->stage = READY;
 
     virtualize_this_cpu(first);
+    if (machine.options.trap_apic)
+        start_other_cpus(run_other_cpu);
     live_as_guest(first);
     for (u32 i = 0; i < machine.cpu_count; i++) {
         wait_for_stage(i, WORKED);
@@ -155,6 +195,8 @@ void NORETURN main(u32 magic, const struct multiboot *information)
         if (i == 0)
             wait_for_ping(first);
         wait_for_stage(i, PINGED);
+        if (i != 0)
+            send_init(&machine.cpus[i]);
     }
     for (u32 i = 0; i < machine.cpu_count; i++)
         report_cpu(&machine.cpus[i]); /* still as L2: the serial port is passed through */

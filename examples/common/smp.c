@@ -6,8 +6,9 @@
 #include "interrupts.h"
 #include "machine.h"
 
-/* A page of conventional memory that neither firmware nor loader needs any more. */
-#define TRAMPOLINE_PAGE 0x8000U
+/* Pages of conventional memory that neither firmware nor loader needs any more. */
+#define HOST_TRAMPOLINE 0x7000U
+#define GUEST_TRAMPOLINE 0x8000U
 
 /* As trampoline.S lays it out. */
 struct trampoline_parameters {
@@ -50,45 +51,53 @@ void start_this_cpu(struct cpu *cpu)
     cpu->stage = STARTED;
 }
 
-static void relocate(const u8 *field)
+static void relocate(u32 page, const u8 *field)
 {
-    *(u32 *)pointer(TRAMPOLINE_PAGE + (u64)(field - trampoline)) += TRAMPOLINE_PAGE;
+    *(u32 *)pointer(page + (u64)(field - trampoline)) += page;
 }
 
-static void prepare_trampoline(struct cpu *cpu, void (*entry)(struct cpu *))
+static void prepare_trampoline(u32 page, struct cpu *cpu, u8 *stack, void (*entry)(struct cpu *))
 {
-    u8 *page = pointer(TRAMPOLINE_PAGE);
-    struct trampoline_parameters *parameters = (void *)(page + (trampoline_parameters - trampoline));
+    u8 *to = pointer(page);
+    struct trampoline_parameters *parameters = (void *)(to + (trampoline_parameters - trampoline));
 
     for (const u8 *from = trampoline; from < trampoline_end; from++)
-        page[from - trampoline] = *from;
-    relocate(trampoline_gdt_base);
-    relocate(trampoline_protected_mode);
-    relocate(trampoline_long_mode);
+        *to++ = *from;
+    relocate(page, trampoline_gdt_base);
+    relocate(page, trampoline_protected_mode);
+    relocate(page, trampoline_long_mode);
     parameters->page_map = read_cr3();
-    parameters->stack = physical(guest_stacks[cpu->index] + STACK_SIZE);
+    parameters->stack = physical(stack + STACK_SIZE);
     parameters->entry = (u64)(uintptr_t)entry;
     parameters->argument = physical(cpu);
 }
 
-static void start_cpu(struct cpu *cpu)
+/* "MP Initialization Protocol": INIT, 10 ms, startup IPI, 200 us, and a second if need be. */
+static void start_cpu(struct cpu *cpu, u32 page, enum stage stage)
 {
-    u32 startup = COMMAND_STARTUP | COMMAND_ASSERT | TRAMPOLINE_PAGE / PAGE_SIZE;
+    u32 startup = COMMAND_STARTUP | COMMAND_ASSERT | page / PAGE_SIZE;
 
     apic_send(cpu->apic_id, COMMAND_INIT | COMMAND_ASSERT);
     delay_microseconds(10000);
     apic_send(cpu->apic_id, startup);
     delay_microseconds(200);
-    if (cpu->stage == ABSENT)
+    if (cpu->stage < stage)
         apic_send(cpu->apic_id, startup);
-    if (!wait_for(&cpu->stage, STARTED))
+    if (!wait_for(&cpu->stage, stage))
         panic(FAILED_STARTUP, "cpu %u, local APIC %u, did not start", cpu->index, cpu->apic_id);
 }
 
 void start_other_cpus(void (*entry)(struct cpu *))
 {
     for (u32 i = 1; i < machine.cpu_count; i++) {
-        prepare_trampoline(&machine.cpus[i], entry);
-        start_cpu(&machine.cpus[i]);
+        struct cpu *cpu = &machine.cpus[i];
+        prepare_trampoline(GUEST_TRAMPOLINE, cpu, guest_stacks[i], entry);
+        start_cpu(cpu, GUEST_TRAMPOLINE, STARTED);
     }
+}
+
+void start_cpu_in_host(struct cpu *cpu)
+{
+    prepare_trampoline(HOST_TRAMPOLINE, cpu, host_stacks[cpu->index], run_from_startup);
+    start_cpu(cpu, HOST_TRAMPOLINE, IN_HOST);
 }

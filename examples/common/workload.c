@@ -23,7 +23,11 @@ static void use_cpuid(struct cpu *cpu)
     expect(cpu,
            signature.ebx == words[0] && signature.ecx == words[1] && signature.edx == words[2],
            "CPUID: signature");
-    expect(cpu, cpuid(1, 0).ecx >> 31, "CPUID: hypervisor bit");
+
+    u32 features = cpuid(1, 0).ecx, extended = cpuid(CPUID_EXTENDED, 0).ecx;
+    expect(cpu, features & CPUID_HYPERVISOR_PRESENT, "CPUID: hypervisor bit");
+    expect(cpu, !(features & CPUID_VMX) && !(extended & CPUID_SVM),
+           "hiding: L2 sees in CPUID that the processor virtualizes");
 }
 
 static void use_msrs(struct cpu *cpu)

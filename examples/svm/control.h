@@ -32,6 +32,9 @@ enum { TLB_KEEP = 0, TLB_FLUSH_ALL = 1, TLB_FLUSH_GUEST = 3 };
 #define EVENT_HAS_ERROR_CODE BIT(11)
 #define EVENT_EXCEPTION (3 << 8)
 
+/* "#SX Security Exception": the error code of an INIT that was redirected. */
+enum { SX_INIT = 1 };
+
 /* Appendix "SVM Intercept Exit Codes". */
 enum exit_code {
     EXIT_EXCEPTION = 0x40, /* plus the vector */
@@ -127,6 +130,19 @@ AT(sysenter_esp, 0x630);
 AT(pat, 0x668);
 #undef AT
 _Static_assert(sizeof(struct vmcb) == PAGE_SIZE, "the VMCB is one page");
+
+#define MSR_VM_CR 0xc0010114U
+#define MSR_VM_HSAVE_PA 0xc0010117U
+enum { VM_CR_R_INIT = 1 << 1, VM_CR_SVM_DISABLED = 1 << 4 };
+
+static inline void vmsave(void *vmcb) { asm volatile("vmsave %0" : : "a"(vmcb) : "memory"); }
+
+/* controls.c */
+void set_controls(struct vmcb *vmcb);
+
+/* state.c */
+void capture_state(struct vmcb *vmcb, u64 rip, u64 rsp);
+void set_startup_state(struct cpu *cpu);
 
 /* exits.c: returns whether L2 goes on as L2. */
 bool handle_exit(struct cpu *cpu);

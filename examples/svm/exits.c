@@ -1,4 +1,5 @@
 /* What made L2 stop, and what L1 does about it: a table by exit code. */
+#include "apic.h"
 #include "control.h"
 #include "cpu.h"
 #include "hypervisor.h"
@@ -81,6 +82,7 @@ static bool exit_ioio(struct cpu *cpu, struct vmcb *vmcb)
     emulate_port(cpu, (u16)(information >> IOIO_PORT_SHIFT), information >> IOIO_SIZE_SHIFT & 7,
                  information & IOIO_INPUT);
     vmcb->rip = vmcb->exit_info2; /* the next instruction */
+    vmcb->interrupt_shadow = 0;
     return true;
 }
 
@@ -91,11 +93,31 @@ static bool exit_vmmcall(struct cpu *cpu, struct vmcb *vmcb)
 
 static bool exit_npf(struct cpu *cpu, struct vmcb *vmcb)
 {
+    if ((vmcb->exit_info2 & ~(PAGE_SIZE - 1)) == APIC_PAGE) {
+        vmcb->rip += emulate_apic(cpu, vmcb->rip, vmcb->exit_info2);
+        vmcb->interrupt_shadow = 0;
+        return true;
+    }
     if (vmcb->exit_info1 & (NPF_PRESENT | NPF_RESERVED))
         panic(FAILED_EXIT, "cpu %u: nested page fault, error code 0x%lx, guest-physical 0x%lx",
               cpu->index, vmcb->exit_info1, vmcb->exit_info2);
     emulate_hole(cpu, vmcb->exit_info2, vmcb->exit_info1 & NPF_WRITE);
     return true; /* the instruction again */
+}
+
+/* VM_CR.R_INIT made a security exception of it, and the exception is intercepted. */
+static bool exit_init(struct cpu *cpu, struct vmcb *vmcb)
+{
+    if (vmcb->exit_info1 != SX_INIT)
+        panic(FAILED_EXIT, "cpu %u: #SX with error code 0x%lx", cpu->index, vmcb->exit_info1);
+    cpu->inits++;
+    return true; /* L2 goes on and never knows */
+}
+
+static bool exit_shutdown(struct cpu *cpu, struct vmcb *vmcb)
+{
+    (void)vmcb; /* "Shutdown": its state save area is undefined */
+    panic(FAILED_EXIT, "cpu %u: L2 shut down (triple fault)", cpu->index);
 }
 
 static bool exit_forbidden_instruction(struct cpu *cpu, struct vmcb *vmcb)
@@ -114,6 +136,8 @@ static const struct {
     {EXIT_MSR, exit_msr},
     {EXIT_VMMCALL, exit_vmmcall},
     {EXIT_NPF, exit_npf},
+    {EXIT_SHUTDOWN, exit_shutdown},
+    {EXIT_EXCEPTION + VECTOR_SX, exit_init},
     {EXIT_INVLPGA, exit_forbidden_instruction},
     {EXIT_VMRUN, exit_forbidden_instruction},
     {EXIT_VMLOAD, exit_forbidden_instruction},

@@ -48,7 +48,8 @@ void build_nested_tables(void)
 
     machine.nested_root = physical(allocate_page());
     map_range(0, machine.memory_top, level, 0);
-    map_range(APIC_PAGE, APIC_PAGE + PAGE_SIZE, level, UNCACHED);
+    if (!machine.options.trap_apic)
+        map_range(APIC_PAGE, APIC_PAGE + PAGE_SIZE, level, UNCACHED);
 }
 
 void map_nested_page(u64 guest_physical, u64 host_physical)

@@ -25,6 +25,13 @@ world_switch:                           /* RDI: struct cpu */
     pushq   %rdi                        /* stays at the stack's top */
     pushq   %rdi                        /* keeps calls aligned */
     call    enter_host                  /* (cpu, L2's RIP, L2's RSP) */
+    jmp     run
+
+    .globl world_start
+world_start:                            /* RDI: struct cpu, whose VMCB is complete */
+    movq    CPU_HOST_STACK(%rdi), %rsp
+    pushq   %rdi
+    pushq   %rdi
 
 run:
     movq    (%rsp), %rdi

@@ -1,6 +1,7 @@
 /* Intel SDM volume 3, appendix "Field Encoding in VMCS", and the bits that this hypervisor uses. */
 #pragma once
 
+#include "cpu.h"
 #include "hypervisor.h"
 
 enum field {
@@ -128,6 +129,7 @@ enum { BLOCKING_SHADOW = 3 };
 /* Appendix "VMX Basic Exit Reasons". */
 enum exit_code {
     EXIT_TRIPLE_FAULT = 2,
+    EXIT_INIT = 3,
     EXIT_CPUID = 10,
     EXIT_HLT = 12,
     EXIT_VMCALL = 18,
@@ -156,6 +158,46 @@ enum { EPT_WRITE = 1 << 1, EPT_WAS_MAPPED = 7 << 3 };
 /* Both panic when the instruction fails. */
 u64 vmread(enum field field);
 void vmwrite(enum field field, u64 value);
+
+/* Appendix "VMX Capability Reporting Facility". */
+enum vmx_msr {
+    MSR_FEATURE_CONTROL = 0x3a,
+    MSR_VMX_BASIC = 0x480,
+    MSR_VMX_PIN = 0x481,
+    MSR_VMX_PROCESSOR = 0x482,
+    MSR_VMX_EXIT = 0x483,
+    MSR_VMX_ENTRY = 0x484,
+    MSR_VMX_CR0_FIXED0 = 0x486,
+    MSR_VMX_CR0_FIXED1 = 0x487,
+    MSR_VMX_CR4_FIXED0 = 0x488,
+    MSR_VMX_CR4_FIXED1 = 0x489,
+    MSR_VMX_SECONDARY = 0x48b,
+    MSR_VMX_EPT_VPID = 0x48c,
+    MSR_VMX_TRUE_PIN = 0x48d,
+    MSR_VMX_TRUE_PROCESSOR = 0x48e,
+    MSR_VMX_TRUE_EXIT = 0x48f,
+    MSR_VMX_TRUE_ENTRY = 0x490,
+};
+enum { FEATURE_CONTROL_LOCKED = 1 << 0, FEATURE_CONTROL_VMX = 1 << 2 };
+#define BASIC_REVISION 0x7fffffffU
+#define BASIC_TRUE_CONTROLS BIT(55)
+
+/* The L2 of every processor has the same number: the processors have translations of their own. */
+enum { L2_VPID = 1 };
+
+/* CR0 and CR4 as VMX operation wants them (appendix "VMX-Fixed Bits in CR0", "... in CR4"). */
+static inline u64 fix_bits(u64 value, u32 fixed0, u32 fixed1)
+{
+    return (value | rdmsr(fixed0)) & rdmsr(fixed1);
+}
+
+/* controls.c */
+void set_controls(void);
+
+/* state.c */
+void capture_state(u64 rip, u64 rsp);
+void set_startup_state(struct cpu *cpu);
+void set_host_state(struct cpu *cpu);
 
 /* nested_paging.c: forget all translations that came from the tables. */
 void invalidate_nested_translations(void);

@@ -1,4 +1,5 @@
 /* What made L2 stop, and what L1 does about it: a table by exit reason. */
+#include "apic.h"
 #include "control.h"
 #include "cpu.h"
 #include "hypervisor.h"
@@ -68,11 +69,31 @@ static bool exit_ept_violation(struct cpu *cpu)
 {
     u64 qualification = vmread(EXIT_QUALIFICATION);
     u64 guest_physical = vmread(GUEST_PHYSICAL_ADDRESS);
+
+    if ((guest_physical & ~(PAGE_SIZE - 1)) == APIC_PAGE) {
+        emulate_apic(cpu, vmread(GUEST_RIP), guest_physical);
+        return conclude(RESUME);
+    }
     if (qualification & EPT_WAS_MAPPED)
         panic(FAILED_EXIT, "cpu %u: EPT violation, qualification 0x%lx, guest-physical 0x%lx",
               cpu->index, qualification, guest_physical);
     emulate_hole(cpu, guest_physical, qualification & EPT_WRITE);
     return true; /* the instruction again */
+}
+
+/* Outside VMX root operation an INIT always exits, and that is all it does. */
+static bool exit_init(struct cpu *cpu)
+{
+    if (!machine.options.catch_init)
+        panic(FAILED_EXIT, "cpu %u: an INIT that nobody sent", cpu->index);
+    cpu->inits++;
+    return true; /* L2 goes on and never knows */
+}
+
+static bool exit_triple_fault(struct cpu *cpu)
+{
+    panic(FAILED_EXIT, "cpu %u: L2 shut down (triple fault) at rip 0x%lx", cpu->index,
+          vmread(GUEST_RIP));
 }
 
 static bool exit_forbidden_instruction(struct cpu *cpu)
@@ -92,6 +113,8 @@ static const struct {
     {EXIT_WRMSR, exit_wrmsr},
     {EXIT_VMCALL, exit_vmcall},
     {EXIT_EPT_VIOLATION, exit_ept_violation},
+    {EXIT_TRIPLE_FAULT, exit_triple_fault},
+    {EXIT_INIT, exit_init},
     {EXIT_VMCLEAR, exit_forbidden_instruction},
     {EXIT_VMLAUNCH, exit_forbidden_instruction},
     {EXIT_VMPTRLD, exit_forbidden_instruction},

@@ -50,7 +50,8 @@ void build_nested_tables(void)
 
     machine.nested_root = physical(allocate_page()) | EPTP_WRITE_BACK | EPTP_FOUR_LEVELS;
     map_range(0, machine.memory_top, level, WRITE_BACK);
-    map_range(APIC_PAGE, APIC_PAGE + PAGE_SIZE, level, UNCACHED);
+    if (!machine.options.trap_apic)
+        map_range(APIC_PAGE, APIC_PAGE + PAGE_SIZE, level, UNCACHED);
 }
 
 void map_nested_page(u64 guest_physical, u64 host_physical)
@@ -70,7 +71,8 @@ void invalidate_nested_translations(void)
     bool failed;
     asm volatile("invept %1, %2" : "=@ccbe"(failed) : "m"(descriptor), "r"(type) : "memory");
     if (failed)
-        panic(FAILED_ENTRY, "INVEPT of type %lu failed, error %lu", type, vmread(INSTRUCTION_ERROR));
+        panic(FAILED_ENTRY, "INVEPT of type %lu failed, VM-instruction error %lu", type,
+              vmread(INSTRUCTION_ERROR));
 }
 
 void unmap_nested_page(struct cpu *cpu, u64 guest_physical)

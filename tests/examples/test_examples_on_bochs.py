@@ -26,3 +26,17 @@ MANY = [
 def test_the_example_prints_what_was_recorded(vendor, cpus, pages, tmp_path):
     outcome = on_bochs(shipped(vendor), vendor, cpus, f"pages={pages}", tmp_path)
     assert outcome.text == expected(vendor, cpus, pages)
+
+
+@pytest.mark.parametrize("vendor", ["vmx", pytest.param("svm", marks=pytest.mark.deep)])
+def test_an_l1_that_emulates_the_local_apic_starts_the_processors_of_its_l2(vendor, tmp_path):
+    outcome = on_bochs(shipped(vendor), vendor, 3, "pages=2m apic=trap", tmp_path)
+    assert outcome.text == expected(vendor, 3, "2m-trap")
+
+
+@pytest.mark.deep
+def test_an_init_for_l2_exits_though_bochs_never_takes_it_back(tmp_path):
+    """Bochs 2.7 leaves the INIT pending, so that each entry exits again."""
+    outcome = on_bochs(shipped("vmx"), "vmx", 2, "init=exit", tmp_path)
+    *reports, _, _ = expected("vmx", 2, "2m-init").splitlines()
+    assert outcome.text.splitlines()[: len(reports)] == reports

@@ -5,7 +5,15 @@ import shutil
 import zlib
 
 import pytest
-from example_machines import FAILED_OPTION, FAILED_SUPPORT, PASSED, expected, on_qemu, shipped
+from example_machines import (
+    FAILED_CHECK,
+    FAILED_OPTION,
+    FAILED_SUPPORT,
+    PASSED,
+    expected,
+    on_qemu,
+    shipped,
+)
 
 pytestmark = [
     pytest.mark.qemu,
@@ -21,6 +29,20 @@ def test_the_svm_example_prints_what_was_recorded(cpus, pages, tmp_path):
     outcome = on_qemu(SVM, cpus, f"pages={pages}", tmp_path)
     assert outcome.text == expected("svm", cpus, pages)
     assert outcome.status == PASSED
+
+
+@pytest.mark.parametrize("pages", ["2m", "1g"])
+def test_an_l1_that_emulates_the_local_apic_starts_the_processors_of_its_l2(pages, tmp_path):
+    outcome = on_qemu(SVM, 3, f"pages={pages} apic=trap", tmp_path)
+    text = expected("svm", 3, "2m-trap")
+    assert outcome.text == (text if pages == "2m" else text.replace("2 MiB", "1 GiB"))
+    assert outcome.status == PASSED
+
+
+def test_an_init_that_is_not_redirected_is_noticed(tmp_path):
+    outcome = on_qemu(SVM, 2, "init=sx", tmp_path)
+    assert outcome.text.endswith("cpu 1: its INIT did not become an exit to L1\n")
+    assert outcome.status == FAILED_CHECK
 
 
 def checksum(seed):
@@ -62,6 +84,8 @@ def test_without_acpi_the_processors_are_found_through_fw_cfg(tmp_path):
             "this processor has no pages of 1 GiB",
         ),
         ("svm", "EPYC,+svm", "pages=3m", FAILED_OPTION, 'unknown option at "pages=3m"'),
+        ("svm", "EPYC,+svm", "pages=2m init=exit", FAILED_OPTION, 'unknown option at "init=exit"'),
+        ("svm", "EPYC,+svm", "apic=trap init=sx", FAILED_OPTION, "exclude each other"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(vendor, cpu, words, status, line, tmp_path):
