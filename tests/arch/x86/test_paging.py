@@ -129,6 +129,12 @@ def test_a_large_legacy_page_takes_its_high_bits_from_bits_20_to_13():
     assert (result.gpa, result.page_shift) == (0xA5_C034_5678 & ~0x3F_FFFF | gva & 0x3F_FFFF, 22)
     refused = do_walk(memory, gva, rules=paging_rules(PAGED, Cr4.pse, 0, 36))
     assert refused == PageFault(RESERVED, gva)
+    memory.write32(0x1000 + 4 * (gva >> 22), 0xC000_0000 | 1 << 21 | ALL | PS)
+    refused = do_walk(memory, gva, rules=paging_rules(PAGED, Cr4.pse, 0, 52))
+    assert refused == PageFault(RESERVED, gva), "bit 21 is never an address bit"
+    memory.write32(0x1000 + 4 * (gva >> 22), 0xC000_0000 | 1 << 13 | ALL | PS)
+    refused = do_walk(memory, gva, rules=paging_rules(PAGED, Cr4.pse, 0, 32))
+    assert refused == PageFault(RESERVED, gva)
 
 
 def test_without_pse_the_size_bit_of_a_legacy_entry_is_ignored():
@@ -231,6 +237,7 @@ def test_execute_disable_is_reserved_without_nxe():
         (FETCH, ALL, 1, 0, True, True),
         (FETCH, ALL, 1, Cr4.smep, True, False),
         (FETCH | USER, ALL, 1, Cr4.smep, True, True),
+        (READ, ALL, 1, 0, False, True),
         (READ, ALL, 1, Cr4.smap, True, True),
         (READ, ALL, 1, Cr4.smap, False, False),
         (READ, P, 1, Cr4.smap, False, True),
@@ -254,6 +261,18 @@ def test_a_right_needs_every_level(lacking):
     assert do_walk(memory, access=USER | WRITE) == PageFault(VIOLATION | USER | WRITE, GVA)
 
 
+def test_a_translation_tells_the_rights_of_all_levels_together():
+    result = do_walk(map_long(Memory(), GVA, 0x5000 | P | RW, rights=P | US))
+    assert (result.writable, result.user, result.executable) == (False, False, True)
+    result = do_walk(map_long(Memory(), GVA, 0x5000 | ALL, rights=ALL | Entry.xd))
+    assert (result.writable, result.user, result.executable) == (True, True, False)
+
+
+def test_no_execute_needs_pae():
+    rules = paging_rules(PAGED, 0, Efer.nxe)
+    assert do_walk(Memory(), 0x1000, FETCH, rules) == PageFault(0, 0x1000)
+
+
 def test_the_fetch_bit_is_not_reported_without_nxe_and_smep():
     rules = long_rules(efer=LONG & ~Efer.nxe)
     assert do_walk(Memory(), access=FETCH, rules=rules) == PageFault(0, GVA)
@@ -272,6 +291,19 @@ def test_a_protection_key_refuses_access_or_writes():
     assert isinstance(translate(access=FETCH | USER, pkru=3 << 10), Translation)
     assert isinstance(translate(access=USER | WRITE, pkru=~(3 << 10) & 0xFFFF_FFFF), Translation)
     assert isinstance(do_walk(memory, USER_GVA, pkru=1 << 10), Translation)
+
+
+def test_supervisor_keys_are_apart_from_user_keys():
+    memory = map_long(Memory(), GVA, 0x5000 | P | RW | 3 << 59)
+    translate = partial(do_walk, memory, rules=long_rules(Cr4.pks))
+    refused = VIOLATION | PageFaultCode.pk
+    assert translate(pkrs=1 << 6) == PageFault(refused, GVA)
+    assert translate(access=WRITE, pkrs=2 << 6) == PageFault(refused | WRITE, GVA)
+    assert isinstance(translate(pkru=1 << 6), Translation)
+    assert isinstance(translate(pkrs=2 << 6), Translation)
+    assert isinstance(do_walk(memory, pkrs=1 << 6), Translation)
+    readable = long_rules(Cr4.pks, cr0=PAGED & ~Cr0.wp)
+    assert isinstance(do_walk(memory, GVA, WRITE, readable, pkrs=2 << 6), Translation)
 
 
 def test_a_page_fault_becomes_an_exception_with_the_address():

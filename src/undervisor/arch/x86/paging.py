@@ -102,7 +102,6 @@ class PagingRules:
 
     mode: PagingMode
     levels: tuple[Level, ...]
-    index_bits: int
     entry_size: int
     table_mask: int
     """The address bits of an entry that points to a table."""
@@ -232,7 +231,6 @@ def paging_rules(
     return PagingRules(
         mode=mode,
         levels=levels,
-        index_bits=10 if legacy else 9,
         entry_size=4 if legacy else 8,
         table_mask=0xFFFF_F000 if legacy else Entry.address,
         pdpte_reserved=physical_reserved(physical_width) | PDPTE_RESERVED,
