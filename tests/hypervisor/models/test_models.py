@@ -301,6 +301,21 @@ def test_misc_enable_hides_monitor_and_execute_disable():
     assert not model.cpuid(0x80000001, 0, state).edx & BY_NAME["nx"].mask
 
 
+def test_amd_has_no_misc_enable_that_could_hide_anything():
+    model = models.named("amd")
+    for leaf in (0, 1, 7, 0x80000001):
+        usual = model.cpuid(leaf, 0, ONE)
+        assert model.cpuid(leaf, 0, CpuidState(misc_enable=0)) == usual
+        assert model.cpuid(leaf, 0, CpuidState(misc_enable=(1 << 64) - 1)) == usual
+
+
+def test_monitor_can_not_be_enabled_on_a_model_without_it():
+    model = models.named("intel,-monitor")
+    for misc_enable in (0, MiscEnable.monitor):
+        answer = model.cpuid(1, 0, CpuidState(misc_enable=misc_enable))
+        assert not answer.ecx & BY_NAME["monitor"].mask
+
+
 @pytest.mark.parametrize(
     ("feature", "bit"),
     [("smep", Cr4.smep), ("pcid", Cr4.pcide), ("vmx", Cr4.vmxe), ("xsave", Cr4.osxsave)],

@@ -146,6 +146,9 @@ class Leaves:
             cpuid.BY_NAME[name] for name in processor.features if name in cpuid.BY_NAME
         )
         amd = processor.vendor is Vendor.AMD
+        # The settings of IA32_MISC_ENABLE that hide nothing; AMD does not have the register.
+        self._watched = 0 if amd else _RESTRICT
+        self._usual = _MONITOR if processor.has("monitor") else 0
         fixed = self._common() | (self._amd() if amd else self._intel())
         dynamic = self._common_dynamic() | (self._amd_dynamic() if amd else self._intel_dynamic())
         self._fixed = {
@@ -155,7 +158,7 @@ class Leaves:
 
     def answer(self, leaf: int, subleaf: int, state: CpuidState) -> Answer:
         """EAX, EBX, ECX, EDX of CPUID; `leaf` and `subleaf` are the 32-bit inputs."""
-        if (state.misc_enable ^ _MONITOR) & _RESTRICT:
+        if (state.misc_enable ^ self._usual) & self._watched:
             return self._restricted(leaf, subleaf, state)
         fixed = self._fixed.get(leaf)
         if fixed is not None:
@@ -187,7 +190,7 @@ class Leaves:
         limited = misc & MiscEnable.limit_cpuid
         if limited and leaf < Leaf.HYPERVISOR_VENDOR:
             leaf = min(leaf, _LIMITED)
-        usual = CpuidState(state.apic_id, state.cpus, state.osxsave, state.apic_enabled)
+        usual = replace(state, misc_enable=self._usual)
         answer = self.answer(leaf, subleaf, usual)
         if leaf == Leaf.VENDOR and limited:
             return answer._replace(eax=min(answer.eax, _LIMITED))
