@@ -14,6 +14,7 @@ from typing import Self
 from undervisor.arch.bits import Bits, Register
 from undervisor.arch.vmx.controls import CONTROL_WORDS, ControlWord
 from undervisor.arch.vmx.fields import HIGHEST_INDEX, VmcsField
+from undervisor.arch.x86.msr import FeatureControl as FeatureControl
 
 
 class VmxMsr(IntEnum):
@@ -40,19 +41,6 @@ class VmxMsr(IntEnum):
     IA32_VMX_VMFUNC = 0x491
     IA32_VMX_PROCBASED_CTLS3 = 0x492
     IA32_VMX_EXIT_CTLS2 = 0x493
-
-
-class FeatureControl(Register):
-    """IA32_FEATURE_CONTROL (SDM 4, "Architectural MSRs")."""
-
-    lock = Bits(0, about="Lock bit")
-    vmx_inside_smx = Bits(1, about="Enable VMX inside SMX operation")
-    vmx_outside_smx = Bits(2, about="Enable VMX outside SMX operation")
-    senter_local = Bits(14, 8, "SENTER local function enables")
-    senter_global = Bits(15, about="SENTER global enable")
-    sgx_launch_control = Bits(17, about="SGX launch control enable")
-    sgx_global = Bits(18, about="SGX global enable")
-    lmce = Bits(20, about="LMCE on")
 
 
 class VmxBasic(Register):

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from undervisor.arch.rules import Outcome
 from undervisor.arch.vmx.boundary import BREAKS, MODES, valid_state
@@ -19,16 +21,16 @@ BY_ID = {rule.id: rule for rule in RULES}
 INPUTS = [*VmcsField, *EntryInput, *ListedMsr]
 
 
-class Recorder(dict):
+class Recorder:
     """A state that remembers what was read of it."""
 
     def __init__(self, state: Mapping[int, int]):
-        super().__init__(state)
+        self.state = state
         self.seen: set[int] = set()
 
     def __getitem__(self, key: int) -> int:
         self.seen.add(int(key))
-        return super().__getitem__(key)
+        return self.state[key]
 
 
 def test_there_are_as_many_rules_as_promised():
@@ -68,17 +70,19 @@ def test_the_recipe_starts_from_a_state_that_the_processor_enters(rule):
     assert BY_ID[rule].assumes or how.capabilities is CURRENT_PROCESSOR
 
 
+STATES = [
+    *((valid_state(mode), CURRENT_PROCESSOR) for mode in MODES),
+    *((how.state(), how.capabilities) for how in BREAKS.values()),
+]
+
+
 @pytest.mark.parametrize("rule", BREAKS)
 def test_a_rule_reads_only_what_it_declares(rule):
-    for mode in MODES:
-        state = Recorder(valid_state(mode))
-        BY_ID[rule].holds(state, CURRENT_PROCESSOR)
-        assert state.seen <= set(BY_ID[rule].reads)
-    for how in BREAKS.values():
-        if how.mode == BREAKS[rule].mode:
-            state = Recorder(how.state())
-            BY_ID[rule].holds(state, how.capabilities)
-            assert state.seen <= set(BY_ID[rule].reads)
+    declared = {int(field) for field in BY_ID[rule].reads}
+    for state, capabilities in STATES:
+        recorder = Recorder(state)
+        BY_ID[rule].holds(recorder, capabilities)
+        assert recorder.seen <= declared
 
 
 @pytest.mark.parametrize("rule", BREAKS)
@@ -160,3 +164,15 @@ def test_a_rule_that_is_broken_without_a_missing_field_is_broken():
 
 
 BIT_1 = "vmx.guest.rflags.bit-1"
+
+
+@settings(max_examples=200)
+@given(st.randoms(use_true_random=False))
+def test_any_values_at_all_get_a_verdict(random):
+    state = {field: random.getrandbits(random.choice((1, 8, 32, 64))) for field in INPUTS}
+    verdict = check_vm_entry(state)
+    assert verdict.unchecked == []
+    failure = first_failure(state)
+    assert (failure is None) == (not verdict.broken)
+    if failure is not None:
+        assert failure.violation == verdict.broken[0]

@@ -27,6 +27,7 @@ from undervisor.arch.vmx.controls import EntryControls as Entry
 from undervisor.arch.vmx.controls import EntryInterruptionInformation as Info
 from undervisor.arch.vmx.controls import SecondaryControls as Secondary
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.registers import Cr0, Cr4, Efer, Rflags
 
 REGISTERS = Section(
     "vmx.guest",
@@ -42,11 +43,11 @@ GUEST = Side(REGISTERS, "GUEST")
 ENTRY = (F.ENTRY_CONTROLS,)
 IA32E = Entry.ia32e_mode_guest
 IA32E_GUEST = 'the "IA-32e mode guest" VM-entry control'
-CR0_PE, CR0_PG = 1, 1 << 31
-CR4_PAE, CR4_PCIDE = 1 << 5, 1 << 17
-EFER_LME, EFER_LMA = 1 << 8, 1 << 10
-RFLAGS_IF, RFLAGS_VM = 1 << 9, 1 << 17
-RFLAGS_RESERVED = (1 << 64) - (1 << 22) | 1 << 15 | 1 << 5 | 1 << 3
+CR0_PE, CR0_PG = Cr0.pe, Cr0.pg
+CR4_PAE, CR4_PCIDE = Cr4.pae, Cr4.pcide
+EFER_LME, EFER_LMA = Efer.lme, Efer.lma
+RFLAGS_IF, RFLAGS_VM = Rflags.if_, Rflags.vm
+RFLAGS_RESERVED = Rflags.reserved()
 CS_L = AccessRights.long_mode
 UNRESTRICTED = secondary(Secondary.unrestricted_guest)
 

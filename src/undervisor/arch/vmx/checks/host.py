@@ -25,6 +25,7 @@ from undervisor.arch.vmx.controls import EntryControls as Entry
 from undervisor.arch.vmx.controls import ExitControls as Exit
 from undervisor.arch.vmx.controls import SecondaryExitControls as Exit2
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.registers import Cr4, Efer
 
 REGISTERS = Section(
     "vmx.host", "Checks on Host Control Registers, MSRs, and SSP", Outcome.FAIL_HOST
@@ -39,8 +40,8 @@ ADDRESS_SPACE = Section(
 HOST = Side(REGISTERS, "HOST")
 EXIT = (F.EXIT_CONTROLS,)
 HOST_64 = Exit.host_address_space_size
-EFER_LME, EFER_LMA = 1 << 8, 1 << 10
-CR4_PAE, CR4_PCIDE = 1 << 5, 1 << 17
+EFER_LME, EFER_LMA = Efer.lme, Efer.lma
+CR4_PAE, CR4_PCIDE = Cr4.pae, Cr4.pcide
 
 
 def exits(bit: int) -> Condition:

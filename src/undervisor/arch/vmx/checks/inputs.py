@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from enum import IntEnum
 
-from undervisor.arch.vmx.controls import PrimaryControls, SecondaryControls
+from undervisor.arch.vmx.controls import EntryControls, PrimaryControls, SecondaryControls
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.registers import Cr0, Cr4
 
 ALL_ONES = (1 << 64) - 1
-CR0_PG = 1 << 31
-CR4_PAE = 1 << 5
-IA32E_GUEST = 1 << 9
+CR0_PG = Cr0.pg
+CR4_PAE = Cr4.pae
+IA32E_GUEST = EntryControls.ia32e_mode_guest
 VTPR_OFFSET = 0x80
 PAGE_OFFSET = 0xFFF
 

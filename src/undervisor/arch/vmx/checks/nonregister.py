@@ -18,6 +18,8 @@ from undervisor.arch.vmx.controls import PinBasedControls as Pin
 from undervisor.arch.vmx.controls import SecondaryControls as Secondary
 from undervisor.arch.vmx.exits import EntryFailureQualification as Qualification
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.msr import DebugCtl
+from undervisor.arch.x86.registers import Cr0, Cr4, Rflags
 
 ACTIVITY_RULES = Section(
     "vmx.guest.activity", "Checks on Guest Non-Register State", Outcome.EXIT_GUEST_STATE
@@ -44,8 +46,8 @@ PENDING = F.GUEST_PENDING_DEBUG_EXCEPTIONS
 LINK = F.VMCS_LINK_POINTER
 IN_SMM, CURRENT = EntryInput.IN_SMM, EntryInput.CURRENT_VMCS
 STI, MOV_SS = Blocking.blocking_by_sti, Blocking.blocking_by_mov_ss
-RFLAGS_TF, RFLAGS_IF = 1 << 8, 1 << 9
-DEBUGCTL_BTF = 1 << 1
+RFLAGS_TF, RFLAGS_IF = Rflags.tf, Rflags.if_
+DEBUGCTL_BTF = DebugCtl.btf
 PENDING_BS, PENDING_RTM, PENDING_ENABLED = 1 << 14, 1 << 16, 1 << 12
 BUS_LOCK = 1 << 11
 KIND = Info.valid | Info.type
@@ -390,7 +392,7 @@ LINK_RULES.rule(
 
 # --- PDPTEs ---------------------------------------------------------------------------------------
 
-CR0_PG, CR4_PAE = 1 << 31, 1 << 5
+CR0_PG, CR4_PAE = Cr0.pg, Cr4.pae
 PDPTE_PRESENT = 1
 PDPTE_RESERVED = 0x1E6
 EPT = secondary(Secondary.enable_ept)

@@ -14,10 +14,11 @@ from undervisor.arch.vmx.controls import AccessRights as Rights
 from undervisor.arch.vmx.controls import EntryControls as Entry
 from undervisor.arch.vmx.controls import SecondaryControls as Secondary
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.registers import Rflags
 
 SEGMENTS = Section("vmx.guest", "Checks on Guest Segment Registers", Outcome.EXIT_GUEST_STATE)
 
-VM86 = 1 << 17
+VM86 = Rflags.vm
 VM86_RIGHTS = 0xF3
 UNUSABLE = Rights.unusable
 S, PRESENT = Rights.s, Rights.present

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from undervisor.arch.vmx.capabilities import ProcessorFacts, VmxCapabilities
 from undervisor.arch.vmx.checks.declare import Condition, Section, State
 from undervisor.arch.vmx.fields import VmcsField
+from undervisor.arch.x86.registers import Cr0, Cr3, Cr4, Efer
 
 HIGH_HALF = 0xFFFF_FFFF_0000_0000
-CR0_WP = 1 << 16
-CR0_NEVER_CHECKED = 0x6000_0000
+CR0_WP = Cr0.wp
+CR0_NEVER_CHECKED = Cr0.cd | Cr0.nw
 """CR0.CD and CR0.NW, which no VMX transition changes."""
-CR4_CET = 1 << 23
-CR3_LAM = 0x6000_0000_0000_0000
+CR4_CET = Cr4.cet
+CR3_LAM = Cr3.lam_u48 | Cr3.lam_u57
 S_CET_RESERVED = 0x3C0
 S_CET_SUPPRESS, S_CET_TRACKER = 1 << 10, 1 << 11
 FRED_CONFIG_RESERVED = 0x834
@@ -176,9 +177,9 @@ def pat_rule(side: Side, condition: Condition, reads: tuple[int, ...], given: st
 def efer_reserved(processor: ProcessorFacts) -> int:
     """The bits of IA32_EFER that the processor has."""
     return (
-        (1 if processor.syscall else 0)
-        | (0x500 if processor.long_mode else 0)
-        | (0x800 if processor.no_execute else 0)
+        (Efer.sce if processor.syscall else 0)
+        | (Efer.lme | Efer.lma if processor.long_mode else 0)
+        | (Efer.nxe if processor.no_execute else 0)
     )
 
 
