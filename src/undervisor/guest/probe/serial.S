@@ -1,0 +1,185 @@
+# Frames over COM1 at 3F8H, polled.  Header: sync, sequence | kind << 16, length, check of both;
+# then the payload and its Adler-32.
+
+.set COM1, 0x3f8
+.set IN_FRAME_POLLS, 1000000        # a frame that stops half way is given up
+
+serial_start:
+    .macro serial_set register, value
+    mov $(COM1 + \register), %dx
+    mov $\value, %al
+    out %al, %dx
+    .endm
+    serial_set 1, 0                 # no interrupts
+    serial_set 3, 0x80
+    serial_set 0, 1                 # 115200
+    serial_set 1, 0
+    serial_set 3, 3                 # 8N1
+    serial_set 2, 0x07              # FIFOs on and empty
+    serial_set 4, 3                 # DTR, RTS
+    ret
+
+# A byte in al; CF where r9d polls brought none (r9d = 0: wait for ever).
+get_byte:
+    mov %r9d, %r10d
+1:  mov $(COM1 + 5), %dx
+    in %dx, %al
+    test $1, %al
+    jnz 2f
+    pause
+    dec %r10d
+    jnz 1b
+    test %r9d, %r9d
+    jz 1b
+    stc
+    ret
+2:  mov $COM1, %dx
+    in %dx, %al
+    clc
+    ret
+
+# ecx bytes to rdi; CF as above.
+get_bytes:
+    jrcxz 2f
+1:  call get_byte
+    jc 3f
+    stosb
+    dec %ecx
+    jnz 1b
+2:  clc
+3:  ret
+
+# ecx bytes from rsi; the transmitter takes 16 when it is empty.
+put_bytes:
+    mov %ecx, %r10d
+1:  test %r10d, %r10d
+    jz 4f
+2:  mov $(COM1 + 5), %dx
+    in %dx, %al
+    test $0x20, %al
+    jz 2b
+    mov $16, %ecx
+    cmp %ecx, %r10d
+    cmovb %r10d, %ecx
+    sub %ecx, %r10d
+    mov $COM1, %dx
+    rep outsb
+    jmp 1b
+4:  ret
+
+# Adler-32 of rcx bytes at rsi, in eax. RFC 1950.
+adler:
+    mov $1, %eax
+    xor %edx, %edx
+    jrcxz 2f
+1:  movzbl (%rsi), %r8d
+    inc %rsi
+    add %r8d, %eax
+    lea -65521(%rax), %r8d
+    cmp $65521, %eax
+    cmovae %r8d, %eax
+    add %eax, %edx
+    lea -65521(%rdx), %r8d
+    cmp $65521, %edx
+    cmovae %r8d, %edx
+    dec %rcx
+    jnz 1b
+2:  shl $16, %edx
+    or %edx, %eax
+    ret
+
+# Kind eax, the sequence of the last request, ecx bytes at rsi.
+send_frame:
+    push %rsi
+    push %rcx
+    shl $16, %eax
+    movzwl C_HEADER(%r12), %edx
+    or %edx, %eax
+    mov %eax, frame + 4
+    mov %ecx, frame + 8
+    rol $7, %ecx
+    xor %ecx, %eax
+    not %eax
+    mov %eax, frame + 12
+    movl $SYNC, frame
+    mov $frame, %esi
+    mov $16, %ecx
+    call put_bytes
+    mov (%rsp), %rcx
+    mov 8(%rsp), %rsi
+    call adler
+    mov %eax, frame
+    pop %rcx
+    pop %rsi
+    call put_bytes
+    mov $frame, %esi
+    mov $4, %ecx
+    jmp put_bytes
+
+# For ever: a request, its answer.
+serve:
+    movl $~0, C_LAST(%r12)
+    mov $hello, %esi
+    mov booted_by, %eax
+    mov %eax, hello + 4
+    mov $8, %ecx
+    mov $KIND_HELLO, %eax
+    call send_frame
+next_request:
+    lea C_STACK(%r12), %rsp
+    xor %ebx, %ebx
+    xor %r9d, %r9d
+1:  call get_byte
+    shr $8, %ebx
+    movzbl %al, %eax
+    shl $24, %eax
+    or %eax, %ebx
+    cmp $SYNC, %ebx
+    jne 1b
+    mov $IN_FRAME_POLLS, %r9d
+    lea C_HEADER(%r12), %rdi
+    mov $12, %ecx
+    call get_bytes
+    jc nak
+    mov C_HEADER(%r12), %eax
+    mov C_HEADER + 4(%r12), %ecx
+    mov %ecx, %edx
+    rol $7, %edx
+    xor %edx, %eax
+    not %eax
+    cmp %eax, C_HEADER + 8(%r12)
+    jne nak
+    cmp $REQUEST_MOST, %ecx
+    ja nak
+    lea C_REQUEST(%r12), %rdi
+    call get_bytes
+    jc nak
+    mov $frame, %edi
+    mov $4, %ecx
+    call get_bytes
+    jc nak
+    lea C_REQUEST(%r12), %rsi
+    mov C_HEADER + 4(%r12), %ecx
+    call adler
+    cmp %eax, frame
+    jne nak
+    movzwl C_HEADER(%r12), %eax
+    cmp C_LAST(%r12), %eax          # asked again: the answer was lost, not the request
+    je 2f
+    mov %eax, C_LAST(%r12)
+    mov C_HEADER + 4(%r12), %ecx
+    call interpret
+2:  lea C_RESPONSE(%r12), %rsi
+    mov C_RESPONSE_SIZE(%r12), %ecx
+    mov $KIND_RESPONSE, %eax
+    call send_frame
+    jmp next_request
+nak:
+    xor %ecx, %ecx
+    mov $KIND_NAK, %eax
+    call send_frame
+    jmp next_request
+
+.balign 8
+frame:  .quad 0, 0
+hello:  .long BUILD, 0

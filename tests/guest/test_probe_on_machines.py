@@ -1,0 +1,262 @@
+"""The probe on real emulators: every way to start it, faults as values, L2s, other processors."""
+
+import struct
+
+import pytest
+from guest_machines import needs_bochs, needs_qemu, qemu
+
+from undervisor.arch.x86.boot import MemoryMap
+from undervisor.guest.asm import assemble
+from undervisor.guest.disk import disk_image, iso_image
+from undervisor.guest.elf_writer import note, write_elf
+from undervisor.guest.image import Image
+from undervisor.guest.placement import Segment
+from undervisor.guest.probe.answers import Fault, Refused
+from undervisor.guest.probe.client import Batch, Probe
+from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
+from undervisor.guest.probe.protocol import Frame, Kind
+
+qemu_test = [pytest.mark.qemu, needs_qemu]
+bochs_test = [pytest.mark.bochs, pytest.mark.deep, needs_bochs]
+
+
+def placement():
+    return Image.parse(program().elf, "probe").place(MemoryMap.pc(32 << 20))
+
+
+def pvh_image():
+    """The same code without a Multiboot header, so that QEMU takes the PVH entry."""
+    code = bytes(12) + program().code.bytes[12:]
+    start = program().code.labels["start"]
+    xen = note(b"Xen\0", 18, struct.pack("<Q", start))
+    return write_elf([Segment(BASE, code, FREE - BASE)], start, xen, 64)
+
+
+MEDIA = {
+    "multiboot": lambda: {"-kernel": program().elf},
+    "pvh": lambda: {"-kernel": pvh_image()},
+    "disk": lambda: {"disk": disk_image(placement())},
+    "cdrom": lambda: {"cdrom": iso_image(placement())},
+}
+
+
+def connected(line):
+    probe = Probe(line, answer_time=5)
+    probe.wait_for_hello()
+    return probe
+
+
+@pytest.fixture
+def on_qemu():
+    with qemu(MEDIA["multiboot"](), processors=3) as line:
+        yield connected(line)
+
+
+def ask(probe, operation, *arguments):
+    batch = Batch()
+    answer = operation(batch, *arguments)
+    probe.run(batch)
+    return answer.outcome
+
+
+def vendor(probe):
+    leaf = ask(probe, Batch.cpuid, 0)
+    return struct.pack("<3I", leaf["rbx"], leaf["rdx"], leaf["rcx"])
+
+
+class TestOnQemu:
+    pytestmark = qemu_test
+
+    @pytest.mark.parametrize("medium", MEDIA)
+    def test_it_starts_from(self, medium):
+        with qemu(MEDIA[medium]()) as line:
+            probe = connected(line)
+            assert vendor(probe) == b"AuthenticAMD"
+            assert probe.booted_by_multiboot == (medium != "pvh")
+
+    def test_faults_are_values_and_the_batch_goes_on(self, on_qemu):
+        batch = Batch()
+        undefined = batch.call(bytes.fromhex("90 0f0b"))
+        vmx = batch.vmxon(FREE)
+        page = batch.read(1 << 40, 8)
+        selector = batch.call(assemble("mov $0x1230, %eax; ltr %ax"))
+        divide = batch.call(assemble("xor %ecx, %ecx; div %ecx"), {"rax": 77})
+        after = batch.rdmsr(0xC0000080)
+        on_qemu.run(batch)
+        assert undefined.fault.vector == 6
+        assert undefined.fault.rip == Block(0).base + 0x1000 + 1
+        assert vmx.fault.vector == 6
+        assert (page.fault.vector, page.fault.cr2) == (14, 1 << 40)
+        assert (selector.fault.vector, selector.fault.error_code) == (13, 0x1230)
+        assert (divide.fault.vector, divide.fault.registers["rax"]) == (0, 77)
+        assert after.value & 0x500 == 0x500
+
+    def test_registers_and_flags_go_in_and_out(self, on_qemu):
+        given = {n: 0x1111 * i for i, n in enumerate(("rax", "rcx", "rbp", "r8", "r15"), 1)}
+        batch = Batch()
+        same = batch.call("nothing", given | {"rflags": 0x8D7})
+        total = batch.call(assemble("add %rcx, %rax"), given, ["rax"])
+        on_qemu.run(batch)
+        assert {n: same.value[n] for n in given} == given
+        assert same.value["rbx"] == 0
+        assert same.value.rflags == 0x8D7
+        assert total.value.registers == {"rax": 0x3333}
+
+    def test_memory_is_read_written_filled_and_copied(self, on_qemu):
+        batch = Batch()
+        batch.fill(FREE, 64, 0xAA)
+        batch.write(FREE + 8, b"0123456789")
+        batch.copy(FREE + 12, FREE + 8, 10)
+        batch.copy(FREE + 40, FREE + 8, 4)
+        batch.poke(FREE + 60, 0x12345678)
+        word = batch.peek(FREE + 60, 16)
+        found = batch.read(FREE, 64)
+        on_qemu.run(batch)
+        want = bytearray(b"\xaa" * 64)
+        want[8:22] = b"01230123456789"
+        want[40:44] = b"0123"
+        want[60:64] = struct.pack("<I", 0x12345678)
+        assert found.value == bytes(want)
+        assert word.value == 0x5678
+
+    def test_ports_and_control_registers(self, on_qemu):
+        batch = Batch()
+        batch.outp(0x70, 0x0D)
+        valid_ram = batch.inp(0x71)
+        batch.write_cr(2, 0x123456789ABC)
+        cr2 = batch.read_cr(2)
+        batch.write_dr(0, 0x4000)
+        dr0 = batch.read_dr(0)
+        on_qemu.run(batch)
+        assert (valid_ram.value, cr2.value, dr0.value) == (0x80, 0x123456789ABC, 0x4000)
+
+    def test_code_runs_at_cpl_3_and_comes_back_by_a_fault(self, on_qemu):
+        code = assemble("mov %cs, %eax; hlt")
+        batch = Batch()
+        batch.write(USER, code.bytes)
+        enter = assemble("push $0x2b; push %rsi; push $2; push $0x23; push %rdi; iretq")
+        user = batch.call(enter, {"rdi": USER, "rsi": USER + 0x1000}, ["rax"])
+        on_qemu.run(batch)
+        assert isinstance(user.outcome, Fault)
+        assert (user.outcome.vector, user.outcome.cs) == (13, 0x23)
+        assert user.outcome.registers["rax"] == 0x23
+
+    def test_interrupts_are_counted_and_an_unusable_stack_does_no_harm(self, on_qemu):
+        batch = Batch()
+        before = batch.peek(Block(0).counts + 4 * 0x55)
+        batch.send_ipi(0, 0x4055)
+        batch.call("window")
+        after = batch.peek(Block(0).counts + 4 * 0x55)
+        lost = batch.call(assemble("xor %esp, %esp; dec %rsp; shl $20, %rsp; push %rax"))
+        on_qemu.run(batch)
+        assert after.value == before.value + 1
+        assert lost.fault.vector in (12, 14)
+
+    def test_garbage_before_a_request_does_no_harm(self, on_qemu):
+        for garbage in (b"hello\r\n", bytes(100), b"\x31\xab\x56\x7e" * 3, b"\xff" * 5000):
+            on_qemu.stream.send(garbage)
+            assert vendor(on_qemu) == b"AuthenticAMD"
+
+    def test_a_damaged_request_is_not_executed(self, on_qemu):
+        batch = Batch()
+        batch.fill(FREE, 8)
+        on_qemu.run(batch)
+        batch = Batch()
+        batch.write(FREE, b"executed")
+        data = bytearray(Frame(Kind.REQUEST, 999, batch.requests[0].data).encode())
+        data[-6] ^= 1
+        on_qemu.stream.send(bytes(data))
+        assert ask(on_qemu, Batch.read, FREE, 8) == bytes(8)
+
+    def test_a_repeated_request_is_answered_and_not_executed_again(self, on_qemu):
+        batch = Batch()
+        batch.call(assemble("incl (%rdi)"), {"rdi": FREE + 64}, [])
+        before = ask(on_qemu, Batch.peek, FREE + 64)
+        sent = []
+        on_qemu.stream.send, send = (lambda d: (sent.append(d), send(d))), on_qemu.stream.send
+        on_qemu.run(batch)
+        on_qemu.stream.send = send
+        send(sent[0])
+        frame = on_qemu._await(Kind.RESPONSE, 10)
+        assert frame.sequence == on_qemu._sequence
+        assert ask(on_qemu, Batch.peek, FREE + 64) == before + 1
+
+    def test_other_processors_run_batches_at_the_same_time(self, on_qemu):
+        assert on_qemu.start_aps([1, 2]) == 3
+        batch, subs = Batch(), {}
+        for number in (1, 2):
+            sub = subs[number] = Batch()
+            sub.apic = sub.apic_read(0x20)
+            # Each waits for a word that the other one writes.
+            code = "incl (%rdi); 1: pause; cmpl $2, (%rdi); jb 1b"
+            sub.met = sub.call(assemble("lock " + code), {"rdi": FREE + 128}, [])
+            sub.undefined = sub.call(bytes.fromhex("0f0b"))
+        batch.poke(FREE + 128, 0)
+        for number, sub in subs.items():
+            batch.post(number, sub)
+        for number, sub in subs.items():
+            batch.collect(number, sub)
+        on_qemu.run(batch)
+        assert sorted(sub.apic.value >> 24 for sub in subs.values()) == [1, 2]
+        assert [sub.undefined.fault.vector for sub in subs.values()] == [6, 6]
+        assert [sub.met.fault for sub in subs.values()] == [None, None]
+
+    def test_a_processor_that_does_not_run_is_refused(self, on_qemu):
+        batch = Batch()
+        answer = batch.post(9, Batch())
+        on_qemu.run(batch)
+        assert isinstance(answer.outcome, Refused)
+
+    def test_a_processor_that_never_finishes_is_said_to(self):
+        with qemu(MEDIA["multiboot"](), processors=2) as line:
+            probe = connected(line)
+            probe.start_aps([1])
+            sub, batch = Batch(), Batch()
+            sub.call(assemble("1: pause; jmp 1b"))
+            batch.post(1, sub)
+            answer = batch.collect(1, sub, polls=1000)
+            probe.run(batch)
+            assert "not finished" in str(answer.outcome)
+
+    def test_an_svm_l2_runs_and_exits_by_vmmcall(self, on_qemu):
+        svm_l2(on_qemu)
+
+
+VMCB, HSAVE, L2 = FREE + 0x10000, FREE + 0x11000, FREE + 0x12000
+
+
+def svm_l2(probe):
+    code = assemble("add $1, %rbx; mov %rbx, %rcx; mov $5, %eax; vmmcall; hlt")
+    batch = Batch()
+    efer = batch.rdmsr(0xC0000080)
+    cr0, cr3, cr4 = (batch.read_cr(number) for number in (0, 3, 4))
+    probe.run(batch)
+    area = bytearray(4096)
+
+    def put(offset, form, *values):
+        struct.pack_into("<" + form, area, offset, *values)
+
+    put(0x0C, "2I", 1 << 24, 1 << 0 | 1 << 1)  # HLT; VMRUN, VMMCALL
+    put(0x58, "I", 1)  # ASID
+    for offset, selector, attributes in ((0x400, 16, 0xC93), (0x410, 8, 0xA9B)):
+        put(offset, "2HIQ", selector, attributes, 0xFFFFFFFF, 0)
+    for offset in (0x420, 0x430):
+        put(offset, "2HIQ", 16, 0xC93, 0xFFFFFFFF, 0)
+    put(0x4D0, "Q", efer.value | 1 << 12)
+    put(0x548, "3Q", cr4.value, cr3.value, cr0.value)
+    put(0x560, "4Q", 0x400, 0xFFFF0FF0, 2, L2)
+    put(0x5D8, "Q", L2 + 0x1000)
+    batch = Batch()
+    batch.wrmsr(0xC0000080, efer.value | 1 << 12)
+    batch.wrmsr(0xC0010117, HSAVE)
+    batch.write(VMCB, bytes(area))
+    batch.write(L2, code.bytes)
+    run = batch.svm_run(VMCB, {"rbx": 41, "r15": 15})
+    exit_code = batch.read(VMCB + 0x70, 8)
+    state = batch.read(VMCB + 0x578, 8)
+    probe.run(batch)
+    assert int.from_bytes(exit_code.value, "little") == 0x81
+    assert run.value.registers["rcx"] == 42
+    assert run.value.registers["r15"] == 15
+    assert int.from_bytes(state.value, "little") == L2 + len(code) - 4
+    assert vendor(probe) == b"AuthenticAMD"
