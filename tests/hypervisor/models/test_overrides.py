@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from undervisor.arch.x86.cpuid import BY_NAME
+from undervisor.arch.x86.cpuid import BY_NAME, Version
 from undervisor.errors import BadInput
 from undervisor.hypervisor import models
 from undervisor.hypervisor.models.dependencies import missing
@@ -94,6 +94,23 @@ def test_phys_bits_is_the_physical_width():
     assert model.facts.physical_address_width == 39
 
 
+@pytest.mark.parametrize(
+    ("option", "place", "value"),
+    [("family=15", "family", 15), ("model=0x1a", "model", 0x1A), ("stepping=3", "stepping", 3)],
+)
+def test_the_version_can_be_chosen(option, place, value):
+    model = models.named(f"intel,{option}")
+    version = Version(model.cpuid(1, 0, models.CpuidState()).eax)
+    assert getattr(version, place) == value
+
+
+def test_the_brand_string_can_be_chosen():
+    model = models.named("amd,model-id=My Processor,-npt")
+    assert model.identity.brand == "My Processor"
+    first = model.cpuid(0x80000002, 0, models.CpuidState())
+    assert b"".join(part.to_bytes(4, "little") for part in first) == b"My Processor\0\0\0\0"
+
+
 def test_a_feature_in_a_higher_leaf_raises_the_limit():
     model = models.named("amd-opteron,+smep")
     state = models.CpuidState()
@@ -133,6 +150,11 @@ def test_what_nobody_can_do_is_refused_with_its_reason(name):
         ("intel,phys-bits=", ["phys-bits=''"]),
         ("intel,phys-bits=-1", ["phys-bits='-1'"]),
         ("intel,phys-bits=²", ["phys-bits"]),
+        ("intel,family=0x10f", ["family='0x10f'", "0 to 270"]),
+        ("intel,model=99999999", ["model='99999999'"]),
+        ("intel,stepping=16", ["stepping='16'", "0 to 15"]),
+        ("intel,model-id=" + "x" * 48, ["model-id", "47"]),
+        ("intel,model-id=a\nb", ["model-id"]),
         ("intel,pcid=maybe", ["'pcid=maybe'", "=on or =off"]),
         ("intel,+pcid=on", ["sign and a value"]),
         ("intel,", ["empty item"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -159,10 +159,3 @@ class CpuModel:
     def efer_supported(self, msrs: msr.Msrs) -> int:
         """The bits of EFER that may be 1 while the processor's MSRs are `msrs`."""
         return msr.efer_supported(self.processor, msrs)
-
-    def with_features(self, features: frozenset[str], spec: str, physical_width: int) -> CpuModel:
-        """The same processor with other features and another physical-address width."""
-        identity = self.identity.reaching(features)
-        return replace(
-            self, spec=spec, features=features, identity=identity, physical_width=physical_width
-        )

@@ -1,9 +1,14 @@
-"""CPU models as QEMU's users write them: `intel,+pcid,-xsave,vmx-ept=off,phys-bits=39`."""
+"""CPU models as QEMU's users write them: `intel,+pcid,-xsave,vmx-ept=off,phys-bits=39`.
+
+Beside features: `phys-bits`, `family`, `model` and `stepping` with a number, `model-id` with the
+brand string.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Final
@@ -20,6 +25,17 @@ LONGEST: Final = 4096
 
 PHYS_BITS: Final = range(32, 41)
 """Physical-address widths that the silicon's paging can serve."""
+
+NUMBERS: Final[dict[str, range]] = {
+    "phys-bits": PHYS_BITS,
+    "family": range(0x10F),
+    "model": range(0x100),
+    "stepping": range(0x10),
+}
+"""Options with a number, and the numbers that can be had."""
+
+BRAND: Final = "model-id"
+BRAND_LENGTH: Final = 47
 
 _SWITCH: Final = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
 
@@ -39,7 +55,8 @@ class Overrides:
 
     on: dict[str, None] = field(default_factory=dict)
     off: dict[str, None] = field(default_factory=dict)
-    phys_bits: int | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    brand: str | None = None
 
 
 @lru_cache(maxsize=64)
@@ -68,8 +85,11 @@ def _parse(items: Iterable[str]) -> Overrides:
         name, equals, value = item.partition("=")
         if not item:
             raise BadInput("empty item in the CPU model", hint="write +feature or feature=on")
-        if name == "phys-bits" and equals:
-            wanted.phys_bits = _phys_bits(value)
+        if equals and name in NUMBERS:
+            wanted.numbers[name] = _number(name, value)
+            continue
+        if equals and name == BRAND:
+            wanted.brand = _brand(value)
             continue
         if item[0] in "+-" and equals:
             raise BadInput(f"{_show(item)} has both a sign and a value", hint="use one of them")
@@ -104,13 +124,23 @@ def _feature(text: str) -> str:
     raise BadInput(f"unknown CPU feature {_show(text)}", hint=_nearest(text, SUPPORTED))
 
 
-def _phys_bits(text: str) -> int:
-    """The value of phys-bits."""
-    if text.isascii() and text.isdecimal() and len(text) < 4 and int(text) in PHYS_BITS:
-        return int(text)
-    raise BadInput(
-        f"phys-bits={_show(text)} can't be had", hint=f"{PHYS_BITS[0]} to {PHYS_BITS[-1]} can"
-    )
+def _number(name: str, text: str) -> int:
+    """The value of an option with a number, decimal or hexadecimal."""
+    allowed = NUMBERS[name]
+    if re.fullmatch(r"\d{1,3}|0[xX][0-9a-fA-F]{1,3}", text, re.ASCII):
+        value = int(text, 16 if text[:2] in ("0x", "0X") else 10)
+        if value in allowed:
+            return value
+    hint = f"{allowed[0]} to {allowed[-1]} can"
+    raise BadInput(f"{name}={_show(text)} can't be had", hint=hint)
+
+
+def _brand(text: str) -> str:
+    """The value of model-id."""
+    if len(text) <= BRAND_LENGTH and text.isascii() and text.isprintable():
+        return text
+    hint = f"at most {BRAND_LENGTH} printable ASCII characters can"
+    raise BadInput(f"{BRAND}={_show(text)} can't be had", hint=hint)
 
 
 def _apply(model: CpuModel, spec: str, wanted: Overrides) -> CpuModel:
@@ -126,8 +156,21 @@ def _apply(model: CpuModel, spec: str, wanted: Overrides) -> CpuModel:
     for name in wanted.on:
         if name not in features:
             _refuse(name, asked, wanted)
-    width = wanted.phys_bits or model.physical_width
-    return model.with_features(features, spec, width)
+    numbers, who = wanted.numbers, model.identity
+    identity = replace(
+        who,
+        family=numbers.get("family", who.family),
+        model=numbers.get("model", who.model),
+        stepping=numbers.get("stepping", who.stepping),
+        brand=who.brand if wanted.brand is None else wanted.brand,
+    )
+    return replace(
+        model,
+        spec=spec,
+        features=features,
+        identity=identity.reaching(features),
+        physical_width=numbers.get("phys-bits", model.physical_width),
+    )
 
 
 def _refuse(name: str, asked: frozenset[str], wanted: Overrides) -> None:
