@@ -1,10 +1,12 @@
 #include "apic.h"
 
 #include "cpu.h"
+#include "hypervisor.h"
 #include "interrupts.h"
 #include "machine.h"
 
 enum { APIC_BASE_X2APIC = 1 << 10, APIC_BASE_ENABLE = 1 << 11, SPURIOUS_ENABLE = 1 << 8 };
+#define CPUID_X2APIC BIT(21)
 enum { MSR_X2APIC = 0x800, MSR_X2APIC_COMMAND = 0x830 };
 
 static bool is_x2apic(void) { return rdmsr(MSR_APIC_BASE) & APIC_BASE_X2APIC; }
@@ -33,6 +35,11 @@ void apic_enable(void)
         panic(FAILED_SUPPORT, "the local APIC is disabled");
     if (!(base & APIC_BASE_X2APIC) && (base & 0xfffffffff000) != APIC_PAGE)
         panic(FAILED_SUPPORT, "the local APIC is not at 0x%lx", APIC_PAGE);
+    if (machine.options.use_x2apic) {
+        if (!(cpuid(1, 0).ecx & CPUID_X2APIC))
+            panic(FAILED_SUPPORT, "this processor has no x2APIC mode");
+        wrmsr(MSR_APIC_BASE, base | APIC_BASE_X2APIC);
+    }
     apic_write(APIC_SPURIOUS, SPURIOUS_ENABLE | VECTOR_SPURIOUS);
 }
 

@@ -86,6 +86,7 @@ enum stage { ABSENT, IN_HOST, STARTED, READY, VIRTUALIZED, WORKED, PINGED, BACK 
 struct options {
     u64 page_size;      /* of the nested page tables: 4 KiB, 2 MiB or 1 GiB */
     bool trap_apic;     /* the processors are started by L2, whose local APIC L1 emulates */
+    bool use_x2apic;    /* the local APIC is switched to x2APIC mode */
     bool catch_init;    /* an INIT for L2 comes to L1 */
     bool verbose;
 };

@@ -77,9 +77,9 @@ void delay_microseconds(unsigned microseconds)
     unlock(&clock_lock);
 }
 
-bool wait_for(const volatile u32 *value, u32 least)
+bool wait_for(const volatile u32 *value, u32 least, unsigned milliseconds)
 {
-    for (int milliseconds = 0; milliseconds < 2000; milliseconds++) {
+    for (unsigned waited = 0; waited < milliseconds; waited++) {
         for (int i = 0; i < 1000; i++) {
             if (*value >= least)
                 return true;

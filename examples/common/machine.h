@@ -30,8 +30,12 @@ void *allocate_page(void);
 /* By the programmable interval timer, the one clock whose rate is the same everywhere. */
 void delay_microseconds(unsigned microseconds);
 
-/* Waits until *value >= least.  False after a time that no working machine needs. */
-bool wait_for(const volatile u32 *value, u32 least);
+/* Waits until *value >= least.  False when the time is over. */
+bool wait_for(const volatile u32 *value, u32 least, unsigned milliseconds);
+enum {
+    PATIENCE = 20000, /* no working machine needs so long, however busy its host is */
+    INIT_PATIENCE = 2000,
+};
 
 /* Masks the two 8259 interrupt controllers, which nobody here listens to. */
 void mask_legacy_interrupts(void);

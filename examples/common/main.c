@@ -49,10 +49,10 @@ static const char *page_size_name(u64 size)
 }
 
 /* The first processor keeps the time; the others wait as long as it does. */
-static bool wait_here(const volatile u32 *value, u32 least)
+static bool wait_here(const volatile u32 *value, u32 least, unsigned milliseconds)
 {
     if (this_cpu()->index == 0)
-        return wait_for(value, least);
+        return wait_for(value, least, milliseconds);
     while (*value < least)
         pause();
     return true;
@@ -60,7 +60,7 @@ static bool wait_here(const volatile u32 *value, u32 least)
 
 static void wait_for_stage(u32 index, enum stage stage)
 {
-    if (!wait_here(&machine.cpus[index].stage, stage))
+    if (!wait_here(&machine.cpus[index].stage, stage, PATIENCE))
         panic(FAILED_STARTUP, "cpu %u stopped at stage %u, before stage %u", index,
               machine.cpus[index].stage, stage);
 }
@@ -78,7 +78,7 @@ static void live_as_guest(struct cpu *cpu)
 static void wait_for_ping(struct cpu *cpu)
 {
     interrupts_on();
-    if (!wait_here(&cpu->pings, 1))
+    if (!wait_here(&cpu->pings, 1, PATIENCE))
         panic(FAILED_CHECK, "cpu %u: no interprocessor interrupt came", cpu->index);
     interrupts_off();
     cpu->stage = PINGED;
@@ -88,7 +88,7 @@ static void wait_for_ping(struct cpu *cpu)
 static void expect_init(struct cpu *cpu)
 {
     if (machine.options.catch_init)
-        wait_here(&cpu->inits, 1);
+        wait_here(&cpu->inits, 1, INIT_PATIENCE);
 }
 
 static void send_init(struct cpu *cpu)
@@ -96,7 +96,7 @@ static void send_init(struct cpu *cpu)
     if (!machine.options.catch_init)
         return;
     apic_send(cpu->apic_id, COMMAND_INIT | COMMAND_ASSERT);
-    if (!wait_here(&cpu->inits, 1))
+    if (!wait_here(&cpu->inits, 1, INIT_PATIENCE))
         panic(FAILED_CHECK, "cpu %u: its INIT did not become an exit to L1", cpu->index);
 }
 

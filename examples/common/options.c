@@ -31,6 +31,8 @@ static bool parse_word(const char *word, struct options *options)
         options->page_size = GIB(1);
     else if (is_word(word, "apic=trap"))
         options->trap_apic = true;
+    else if (is_word(word, "apic=x2"))
+        options->use_x2apic = true;
     else if (is_word(word, catch_init_option))
         options->catch_init = true;
     else if (is_word(word, "verbose"))
@@ -52,12 +54,14 @@ struct options parse_options(const char *command_line)
         }
         if (!parse_word(at, &options) && !is_first)
             panic(FAILED_OPTION,
-                  "unknown option at \"%s\"; known are: pages=4k|2m|1g apic=trap %s verbose", at,
-                  catch_init_option);
+                  "unknown option at \"%s\"; known are: pages=4k|2m|1g apic=trap|x2 %s verbose",
+                  at, catch_init_option);
         is_first = false;
         while (!is_end(*at))
             at++;
     }
+    if (options.trap_apic && options.use_x2apic)
+        panic(FAILED_OPTION, "apic=trap and apic=x2 exclude each other: one needs the page");
     if (options.trap_apic && options.catch_init)
         panic(FAILED_OPTION, "apic=trap and %s exclude each other: both are for the same INIT",
               catch_init_option);

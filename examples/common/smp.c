@@ -83,7 +83,7 @@ static void start_cpu(struct cpu *cpu, u32 page, enum stage stage)
     delay_microseconds(200);
     if (cpu->stage < stage)
         apic_send(cpu->apic_id, startup);
-    if (!wait_for(&cpu->stage, stage))
+    if (!wait_for(&cpu->stage, stage, PATIENCE))
         panic(FAILED_STARTUP, "cpu %u, local APIC %u, did not start", cpu->index, cpu->apic_id);
 }
 

@@ -34,6 +34,11 @@ def test_an_l1_that_emulates_the_local_apic_starts_the_processors_of_its_l2(vend
     assert outcome.text == expected(vendor, 3, "2m-trap")
 
 
+def test_the_processors_can_be_started_in_x2apic_mode(tmp_path):
+    outcome = on_bochs(shipped("vmx"), "vmx", 2, "pages=4k apic=x2", tmp_path)
+    assert outcome.text == expected("vmx", 2, "4k")
+
+
 @pytest.mark.deep
 def test_an_init_for_l2_exits_though_bochs_never_takes_it_back(tmp_path):
     """Bochs 2.7 leaves the INIT pending, so that each entry exits again."""

@@ -85,6 +85,8 @@ def test_without_acpi_the_processors_are_found_through_fw_cfg(tmp_path):
         ),
         ("svm", "EPYC,+svm", "pages=3m", FAILED_OPTION, 'unknown option at "pages=3m"'),
         ("svm", "EPYC,+svm", "pages=2m init=exit", FAILED_OPTION, 'unknown option at "init=exit"'),
+        ("svm", "EPYC,+svm", "apic=x2", FAILED_SUPPORT, "this processor has no x2APIC mode"),
+        ("svm", "EPYC,+svm", "apic=trap apic=x2", FAILED_OPTION, "exclude each other"),
         ("svm", "EPYC,+svm", "apic=trap init=sx", FAILED_OPTION, "exclude each other"),
     ],
 )
