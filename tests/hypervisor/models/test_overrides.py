@@ -1,15 +1,18 @@
 """Overrides: what users write after the model's name."""
 
+import shutil
+import subprocess
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from undervisor.arch.x86.cpuid import BY_NAME, Version
+from undervisor.arch.x86.cpuid import BY_NAME, Vendor, Version
 from undervisor.errors import BadInput
 from undervisor.hypervisor import models
 from undervisor.hypervisor.models.dependencies import missing
 from undervisor.hypervisor.models.overrides import LONGEST, SPELLINGS
-from undervisor.hypervisor.models.support import SUPPORTED, UNSUPPORTED
+from undervisor.hypervisor.models.support import FOREIGN, SUPPORTED, UNSUPPORTED
 
 NAMES = models.names()
 
@@ -124,11 +127,22 @@ def test_the_specification_stays_with_the_model():
     assert model.name == "intel"
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED | FOREIGN))
 def test_what_nobody_can_do_is_refused_with_its_reason(name):
     text = complaint(f"intel,+{name}")
     assert name in text
-    assert UNSUPPORTED[name] in text
+    assert (UNSUPPORTED | FOREIGN)[name] in text
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="no qemu-system-x86_64")
+def test_every_feature_that_qemu_names_is_known():
+    command = ["qemu-system-x86_64", "-cpu", "help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    names = text.split("Recognized CPUID flags:")[1].split()
+    assert len(names) > 200
+    for name in names:
+        assert models.named(f"intel,-{name}").vendor is Vendor.INTEL
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from undervisor.arch.x86.cpuid import BY_NAME
+from undervisor.arch.x86.cpuid import BY_NAME, Vendor
+from undervisor.arch.x86.msr import MSRS, name_of
 from undervisor.hypervisor.models.catalog import ROWS, build
 from undervisor.hypervisor.models.dependencies import ARCH_CAPABILITIES
-from undervisor.hypervisor.models.support import EMULATED, NATIVE, UNSUPPORTED
+from undervisor.hypervisor.models.support import EMULATED, NATIVE, STORED_ONLY, UNSUPPORTED
 from undervisor.hypervisor.models.vmx_features import VMX_BY_NAME
 
 
@@ -43,6 +44,14 @@ def _lines() -> Iterator[str]:
     yield from _table("Done by the silicon", "part of", NATIVE)
     yield from _table("Done by the L0 for the silicon", "how", EMULATED)
     yield from _table("Not offered", "why", UNSUPPORTED)
+    yield ""
+    yield "## Registers that store and do no more"
+    yield ""
+    yield "| MSR | what does not happen |"
+    yield "|---|---|"
+    for number, reason in STORED_ONLY.items():
+        vendor = Vendor.INTEL if number in MSRS[Vendor.INTEL] else Vendor.AMD
+        yield f"| {name_of(number, vendor)} ({number:#x}) | {reason} |"
 
 
 def _table(title: str, column: str, features: Mapping[str, str]) -> Iterator[str]:

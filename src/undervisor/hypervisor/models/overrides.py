@@ -18,7 +18,7 @@ from undervisor.errors import BadInput
 from undervisor.hypervisor.models.catalog import ROWS, build
 from undervisor.hypervisor.models.dependencies import NEEDS, ONLY, consistent
 from undervisor.hypervisor.models.model import CpuModel
-from undervisor.hypervisor.models.support import SUPPORTED, UNSUPPORTED
+from undervisor.hypervisor.models.support import FOREIGN, SUPPORTED, UNSUPPORTED
 
 LONGEST: Final = 4096
 """Characters of a specification; longer ones are refused."""
@@ -46,7 +46,8 @@ SPELLINGS: Final[dict[str, str]] = {
 }
 """Names that other tools use for a feature of ours."""
 
-_KNOWN: Final = SUPPORTED | UNSUPPORTED.keys() | DYNAMIC
+_REFUSED: Final = UNSUPPORTED | FOREIGN
+_KNOWN: Final = SUPPORTED | _REFUSED.keys() | DYNAMIC
 
 
 @dataclass(slots=True)
@@ -105,9 +106,9 @@ def _record(wanted: Overrides, name: str, switch: bool) -> None:
     mine, other = (wanted.on, wanted.off) if switch else (wanted.off, wanted.on)
     if name in other:
         raise BadInput(f"CPU feature {name} is switched both on and off")
-    if switch and name in UNSUPPORTED:
+    if switch and name in _REFUSED:
         raise BadInput(
-            f"CPU feature {name} can't be offered: {UNSUPPORTED[name]}",
+            f"CPU feature {name} can't be offered: {_REFUSED[name]}",
             hint=_nearest(name, SUPPORTED),
         )
     if switch and name in DYNAMIC:

@@ -8,6 +8,9 @@ two.  A VMX or SVM feature is taken out by moving its line to `UNSUPPORTED`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
+
+from undervisor.arch.x86.msr import Msr
 
 
 def _each(table: Mapping[str, str]) -> dict[str, str]:
@@ -160,9 +163,40 @@ UNSUPPORTED: dict[str, str] = _each(
 """Feature -> why no model offers it."""
 
 
+STORED_ONLY: dict[int, str] = {
+    Msr.DEBUGCTL: "no branch is recorded; a single step is never one of branches only",
+    Msr.PAT: "all memory is coherent write-back memory",
+    Msr.MTRR_DEF_TYPE: "the same, and so for the other MTRRs",
+    Msr.MISC_ENABLE: "only the CPUID limit, MONITOR and the XD bit have an effect",
+    Msr.SPEC_CTRL: "nothing speculates",
+    Msr.MCG_CTL: "no machine check is ever raised",
+    Msr.SYSCFG: "memory is where the machine put it; so for IORRs, TOP_MEM and the SMM registers",
+    Msr.HWCR: "only McStatusWrEn has an effect",
+}
+"""MSRs that keep what is written, within their rules, and what does not happen."""
+
+FOREIGN: dict[str, str] = _each(
+    {
+        "it is KVM's interface to its guests, not a processor's": (
+            "kvm-asyncpf kvm-asyncpf-int kvm-hint-dedicated kvm-mmu kvm-msi-ext-dest-id "
+            "kvm-nopiodelay kvm-poll-control kvm-pv-eoi kvm-pv-ipi kvm-pv-sched-yield "
+            "kvm-pv-tlb-flush kvm-pv-unhalt kvm-steal-time kvmclock kvmclock-stable-bit"
+        ),
+        "no processor of these vendors has it": (
+            "ace2 ace2-en phe phe-en pmm pmm-en xcrypt xcrypt-en xstore xstore-en ia64 nodeid-msr"
+        ),
+        "it is a detail of a feature that is not offered": (
+            "full-width-write intel-pt-lip split-lock-detect sgx1 sgx2 sgx-debug sgx-exinfo "
+            "sgx-kss sgx-mode64 sgx-provisionkey sgx-tokenkey"
+        ),
+    }
+)
+"""Names that QEMU's users may write for what no model here describes -> why."""
+
+
 def _disjoint() -> None:
     """Fail at import where a feature has two fates."""
-    for one, other in ((NATIVE, EMULATED), (NATIVE, UNSUPPORTED), (EMULATED, UNSUPPORTED)):
+    for one, other in combinations((NATIVE, EMULATED, UNSUPPORTED, FOREIGN), 2):
         if both := one.keys() & other.keys():
             raise TypeError(f"{', '.join(sorted(both))}: listed in two tables")
 
