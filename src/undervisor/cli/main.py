@@ -14,6 +14,8 @@ from undervisor.errors import ExitCode, UndervisorError
 VERBS: dict[str, str] = {
     # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
     "check": "check",
+    "enable": "enable",
+    "disable": "enable",
     "record": "record",
 }
 
