@@ -155,7 +155,7 @@ def test_firmware_leaves_the_bios_vectors_and_the_timer_unmasked():
     pic.set_up_by_firmware()
     pic.set_irq(0, True)
     assert pic.peek() == 0x08
-    assert (pic.master.read(1, 1), pic.slave.read(1, 1)) == (0xB8, 0x8F)
+    assert (pic.master.read(1, 1), pic.slave.read(1, 1)) == (0xB8, 0x8E)
 
 
 def test_initialization_without_icw4_ends_after_icw3():

@@ -112,22 +112,6 @@ class Keyboard:
             self._expects = value
 
 
-class Quiet:
-    """Ports that firmware and kernels write without a thought (POST codes, VGA, DMA pages)."""
-
-    __slots__ = ("_reads",)
-
-    def __init__(self, reads: int = 0) -> None:
-        self._reads = reads
-
-    def read(self, offset: int, size: int) -> int:
-        """The same value every time."""
-        return self._reads & all_ones(size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Nothing."""
-
-
 class Vga:
     """Ports 0x3b0 to 0x3df of a display that nobody sees.
 

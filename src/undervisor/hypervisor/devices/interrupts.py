@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from undervisor.hypervisor.devices.lapic_layout import BROADCAST, DeliveryMode
+from undervisor.hypervisor.devices.lapic_layout import BROADCAST, DeliveryMode, Icr, Shorthand
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.devices.lapic import Lapic
+
+
+DELIVERY_MODES: Final = tuple(DeliveryMode)
+SHORTHANDS: Final = tuple(Shorthand)
+LAST_FIXED: Final = int(DeliveryMode.LOWEST_PRIORITY)
+NOT_SENT: Final = (DeliveryMode.RESERVED, DeliveryMode.EXTINT)
+FIRST_LEGAL_VECTOR: Final = 16
+LOGICAL: Final = int(Icr.logical)
+INIT_LEVEL: Final = Icr.level | Icr.level_triggered
+INIT_DEASSERT: Final = int(Icr.level_triggered)  # only the arbitration IDs of old APICs cared
 
 
 class InterruptSink(Protocol):
@@ -60,6 +70,29 @@ class InterruptBus:
     def __init__(self) -> None:
         self.lapics: list[Lapic] = []
         self.on_eoi: list[Callable[[int], None]] = []
+
+    def command(self, sender: Lapic, icr: int) -> bool:
+        """Carry out an ICR write, bits 63:32 being the destination; False for a bad vector.
+
+        "Interrupt Command Register (ICR)".  Reserved delivery modes send nothing.
+        """
+        mode, vector = DELIVERY_MODES[icr >> 8 & 7], icr & 0xFF
+        if mode <= LAST_FIXED:
+            if vector < FIRST_LEGAL_VECTOR:
+                return False
+        elif mode in NOT_SENT or (mode is DeliveryMode.INIT and icr & INIT_LEVEL == INIT_DEASSERT):
+            return True
+        shorthand = SHORTHANDS[icr >> 18 & 3]
+        if shorthand is Shorthand.NONE:
+            logical = bool(icr & LOGICAL)
+            self.send(Message(mode, vector, icr >> 32, logical, False, sender.x2apic_mode))
+        elif shorthand is Shorthand.SELF:
+            sender.accept(mode, vector, False)
+        else:
+            for lapic in self.lapics:
+                if lapic is not sender or shorthand is Shorthand.ALL:
+                    lapic.accept(mode, vector, False)
+        return True
 
     def send(self, message: Message) -> bool:
         """Deliver to every match, or to one for lowest priority; whether anyone took it."""

@@ -16,7 +16,6 @@ from undervisor.hypervisor.devices.interrupts import (
     ExternalController,
     InterruptBus,
     InterruptSink,
-    Message,
 )
 from undervisor.hypervisor.devices.lapic_layout import (
     DEFAULT_BASE,
@@ -36,11 +35,11 @@ from undervisor.hypervisor.devices.lapic_layout import (
     Spurious,
     TimerMode,
 )
+from undervisor.hypervisor.devices.lapic_priority import Priorities
 from undervisor.hypervisor.devices.lapic_timer import LapicTimer
 
 DELIVERY_MODES: Final = tuple(DeliveryMode)
 TIMER_MODES: Final = tuple(TimerMode)
-SHORTHANDS: Final = tuple(Shorthand)
 WORD: Final = 0xFFFFFFFF
 LINTS: Final = (Reg.LVT_LINT0, Reg.LVT_LINT1)
 NOT_MAPPED: Final = -1
@@ -48,10 +47,7 @@ FLAT: Final = 0xFFFFFFFF
 # Masks of the fields that every interrupt tests, looked up once.
 SOFTWARE_ENABLE: Final = int(Spurious.enable)
 MASKED: Final = int(Lvt.mask)
-LOGICAL: Final = int(Icr.logical)
 ICR_KEPT: Final = ~int(Icr.delivery_status)
-INIT_ASSERT: Final = Icr.level | Icr.level_triggered
-INIT_DEASSERT: Final = int(Icr.level_triggered)
 SELF_FIXED: Final = int(Icr.of(shorthand=Shorthand.SELF))
 LAST_FIXED: Final = int(DeliveryMode.LOWEST_PRIORITY)
 
@@ -81,6 +77,7 @@ class Lapic:
         self.initial_id = apic_id
         self.sink = sink
         self.external: ExternalController | None = None
+        self._priorities = Priorities(lambda: self.sink.wake())
         self.timer = LapicTimer(clock, self._timer_expired)
         self._bus = bus
         self._tsc_deadline = tsc_deadline
@@ -106,18 +103,16 @@ class Lapic:
         """The vector that INTR would deliver now if the processor took interrupts, or None."""
         if self._ext_int and self.external is not None:
             return self.external.peek()
-        return self._deliverable
+        return self._priorities.deliverable
 
     def acknowledge(self) -> int:
         """Take the interrupt that `pending` named: to the in-service state; its vector."""
         if self._ext_int and self.external is not None:
             return self.external.acknowledge()
-        vector = self._deliverable
+        vector = self._priorities.deliverable
         if vector is None:
             return self._svr & int(Spurious.vector)
-        self._irr &= ~(1 << vector)
-        self._isr |= 1 << vector
-        self._update()
+        self._priorities.take(vector)
         if self.timer.resting:
             self.timer.resume()
         return vector
@@ -125,22 +120,21 @@ class Lapic:
     @property
     def ppr(self) -> int:
         """The processor-priority register."""
-        return self._ppr
+        return self._priorities.ppr
 
     @property
     def tpr(self) -> int:
         """The task-priority register; CR8 is its upper half (`tpr >> 4`)."""
-        return self._tpr
+        return self._priorities.tpr
 
     @tpr.setter
     def tpr(self, value: int) -> None:
-        self._tpr = value & 0xFF
-        self._update()
+        self._priorities.set_tpr(value & 0xFF)
 
     @property
     def cr8(self) -> int:
         """CR8, the task-priority class."""
-        return self._tpr >> 4
+        return self._priorities.tpr >> 4
 
     @cr8.setter
     def cr8(self, value: int) -> None:
@@ -187,17 +181,15 @@ class Lapic:
     def set_up_by_firmware(self) -> None:
         """What a PC's firmware leaves on the boot processor: enabled, virtual wire mode."""
         self._write_svr(Spurious.of(vector=0xFF, enable=1))
-        self._write_lvt(Reg.LVT_LINT0, Lvt.of(delivery_mode=DeliveryMode.EXTINT))
-        self._write_lvt(Reg.LVT_LINT1, Lvt.of(delivery_mode=DeliveryMode.NMI))
+        self._write_lvt(Reg.LVT_LINT0, Lvt.of(delivery_mode=DeliveryMode.EXTINT, level=1))
+        self._write_lvt(Reg.LVT_LINT1, Lvt.of(delivery_mode=DeliveryMode.NMI, level=1))
 
     def _reset(self) -> None:
-        self._tpr = self._ppr = 0
-        self._irr = self._isr = self._tmr = 0  # 256-bit sets of vectors
+        self._priorities.reset()
         self._esr = self._errors = 0
         self._icr = 0
         self._ldr, self._dfr, self._svr = 0, FLAT, 0xFF
         self._lvt: dict[int, int] = dict.fromkeys(LVT_WRITABLE, MASKED)
-        self._deliverable: int | None = None
         self.timer.reset()
         self._update_lint0()
 
@@ -248,12 +240,13 @@ class Lapic:
         return read()
 
     def _make_readers(self) -> dict[int, Callable[[], int]]:
+        state = self._priorities
         readers: dict[int, Callable[[], int]] = {
             Reg.ID: lambda: self.initial_id if self.x2apic_mode else self._id << 24,
             Reg.VERSION: lambda: VERSION,
-            Reg.TPR: lambda: self._tpr,
-            Reg.APR: lambda: self._ppr,
-            Reg.PPR: lambda: self._ppr,
+            Reg.TPR: lambda: state.tpr,
+            Reg.APR: lambda: state.ppr,
+            Reg.PPR: lambda: state.ppr,
             Reg.EOI: lambda: 0,
             Reg.RRD: lambda: 0,
             Reg.LDR: self._read_ldr,
@@ -269,9 +262,9 @@ class Lapic:
         for entry in LVT_WRITABLE:
             readers[entry] = partial(lambda entry: self._lvt[entry], entry)
         for part in range(8):
-            readers[Reg.ISR + part] = partial(lambda shift: self._isr >> shift & WORD, 32 * part)
-            readers[Reg.TMR + part] = partial(lambda shift: self._tmr >> shift & WORD, 32 * part)
-            readers[Reg.IRR + part] = partial(lambda shift: self._irr >> shift & WORD, 32 * part)
+            readers[Reg.ISR + part] = partial(lambda shift: state.isr >> shift & WORD, 32 * part)
+            readers[Reg.TMR + part] = partial(lambda shift: state.tmr >> shift & WORD, 32 * part)
+            readers[Reg.IRR + part] = partial(lambda shift: state.irr >> shift & WORD, 32 * part)
         return readers
 
     def _make_writers(self) -> dict[int, Callable[[int], None]]:
@@ -354,25 +347,8 @@ class Lapic:
 
     def _send(self, icr: int) -> None:
         """Send what an ICR value says; its destination field is a plain number here."""
-        mode, vector = DELIVERY_MODES[icr >> 8 & 7], icr & 0xFF
-        if mode <= LAST_FIXED:
-            if vector < 16:
-                self._error(ApicError.SEND_ILLEGAL_VECTOR)
-                return
-        elif mode in (DeliveryMode.RESERVED, DeliveryMode.EXTINT):
-            return
-        elif mode is DeliveryMode.INIT and icr & INIT_ASSERT == INIT_DEASSERT:
-            return  # only the arbitration IDs of old APICs cared
-        shorthand = SHORTHANDS[icr >> 18 & 3]
-        if shorthand is Shorthand.SELF:
-            self.accept(mode, vector, False)
-        elif shorthand is Shorthand.NONE:
-            logical = bool(icr & LOGICAL)
-            self._bus.send(Message(mode, vector, icr >> 32, logical, False, self.x2apic_mode))
-        else:
-            for lapic in tuple(self._bus.lapics):
-                if lapic is not self or shorthand is Shorthand.ALL:
-                    lapic.accept(mode, vector, False)
+        if not self._bus.command(self, icr):
+            self._error(ApicError.SEND_ILLEGAL_VECTOR)
 
     # interrupts in
 
@@ -418,37 +394,14 @@ class Lapic:
         if vector < 16:
             self._error(ApicError.RECEIVE_ILLEGAL_VECTOR)
             return False
-        bit = 1 << vector
-        if self._irr & bit:
-            return True  # at most one more of a vector waits
-        self._irr |= bit
-        self._tmr = self._tmr | bit if level else self._tmr & ~bit
-        self._update()
+        self._priorities.request(vector, level)
         return True
 
     def _end_of_interrupt(self, value: int) -> None:
-        vector = self._isr.bit_length() - 1
-        if vector < 0:
-            return
-        self._isr &= ~(1 << vector)
-        self._update()
-        if self._tmr >> vector & 1:
+        vector = self._priorities.end()
+        if vector is not None and self._priorities.is_level(vector):
             self._end_local_level(vector)
             self._bus.end_of_interrupt(vector)
-
-    def _update(self) -> None:
-        """ "Interrupt Acceptance for Fixed Interrupts": PPR and what it lets through."""
-        in_service = max(self._isr.bit_length() - 1, 0) & 0xF0
-        tpr = self._tpr
-        self._ppr = ppr = tpr if tpr & 0xF0 >= in_service else in_service
-        highest = self._irr.bit_length() - 1
-        before = self._deliverable
-        if highest & 0xF0 > ppr & 0xF0 and highest > 0:
-            self._deliverable = highest
-            if highest != before:
-                self.sink.wake()
-        else:
-            self._deliverable = None
 
     def _error(self, error: ApicError) -> None:
         if not self._errors & error:
@@ -466,7 +419,7 @@ class Lapic:
         """Deliver; whether another expiry would do anything before something else happens."""
         self._fire(Reg.LVT_TIMER)
         lvt = self._lvt[Reg.LVT_TIMER]
-        return not (lvt & MASKED or self._irr >> (lvt & 0xFF) & 1)
+        return not (lvt & MASKED or self._priorities.irr >> (lvt & 0xFF) & 1)
 
     def _fire(self, entry: Reg) -> None:
         """Deliver one edge of a local source as its LVT entry says."""

@@ -176,10 +176,10 @@ class Pic:
             self.master.set_line(irq, level)
 
     def set_up_by_firmware(self) -> None:
-        """What a PC's firmware leaves: vectors 8 and 0x70; timer, keyboard, cascade, disk on."""
+        """What a PC's firmware leaves: vectors 8 and 0x70; disks, keyboard, clocks on."""
         for controller, base, wiring, mask in (
             (self.master, 0x08, 1 << CASCADE, 0xB8),
-            (self.slave, 0x70, CASCADE, 0x8F),
+            (self.slave, 0x70, CASCADE, 0x8E),
         ):
             controller.write(0, 1, ICW1 | ICW1_NEEDS_ICW4)
             for value in (base, wiring, 0x01, mask):
