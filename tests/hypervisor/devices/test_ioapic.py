@@ -128,3 +128,13 @@ def test_registers_that_do_not_exist_read_zero_and_ignore_writes(ioapic):
         put(ioapic, register, 0xFFFFFFFF)
         assert get(ioapic, register) == 0
     assert ioapic.read(0x20, 4) == 0
+
+
+def test_a_level_that_shares_its_vector_with_a_waiting_edge_still_gets_its_eoi(ioapic, machine):
+    machine.store(machine.lapics[0], Reg.ICR, 1 << 18 | 0x39)
+    route(ioapic, 9, LEVEL | 0x39)
+    ioapic.set_pin(9, True)
+    machine.lapics[0].acknowledge()
+    ioapic.set_pin(9, False)
+    end(machine)
+    assert not get(ioapic, 0x22) & REMOTE_IRR

@@ -34,9 +34,9 @@ class Priorities:
     def request(self, vector: int, level: bool) -> None:
         """A fixed interrupt arrived; at most one more of a vector waits."""
         bit = 1 << vector
+        self.tmr = self.tmr | bit if level else self.tmr & ~bit
         if not self.irr & bit:
             self.irr |= bit
-            self.tmr = self.tmr | bit if level else self.tmr & ~bit
             self._update()
 
     def take(self, vector: int) -> None:
