@@ -534,12 +534,15 @@ _add(f"{_A}host-in-ia32e", "host-32", sets={_LMA: 1})
 _add(f"{_A}guest", "long", clears={_X: _HOST_64}, also=frozenset({f"{_A}host-in-ia32e"}))
 _add(f"{_A}pcide", "host-32", sets={F.HOST_CR4: 1 << 17})
 _add(f"{_A}rip-high", "host-32", sets={F.HOST_RIP: 1 << 32})
+_add(f"{_A}s-cet-high", "host-32", sets={_X: Exit.load_cet_state, F.HOST_S_CET: 1 << 32})
+_add(f"{_A}ssp-high", "host-32", sets={_X: Exit.load_cet_state, F.HOST_SSP: 1 << 32})
 _add(f"{_A}pae", "long", clears={F.HOST_CR4: 1 << 5})
 _add(f"{_A}rip-canonical", "long", values={F.HOST_RIP: NON_CANONICAL})
 
 # Guest registers.
 _G = "vmx.guest."
 _PG = 1 << 31
+_FRED = 1 << 32
 _add(f"{_G}cr0.pg-without-pe", "real", sets={F.GUEST_CR0: _PG})
 _add(f"{_G}debugctl", "full", sets={F.GUEST_DEBUGCTL: 1 << 5})
 _add(
@@ -548,6 +551,8 @@ _add(
     clears={F.GUEST_CR0: _PG},
 )
 _add(f"{_G}ia32e.pae", "long", clears={F.GUEST_CR4: 1 << 5})
+_add(f"{_G}cr4.fred", "protected", sets={F.GUEST_CR4: _FRED})
+_add(f"{_G}s-cet.high", "protected", sets={_ENTRY: Entry.load_cet_state, F.GUEST_S_CET: 1 << 32})
 _add(f"{_G}pcide", "protected", sets={F.GUEST_CR4: 1 << 17})
 _add(f"{_G}dr7", "full", sets={F.GUEST_DR7: 1 << 32})
 _add(f"{_G}efer.lma", "full", clears={F.GUEST_EFER: 0x500})
@@ -611,6 +616,8 @@ for _register in DATA_REGISTERS:
     _add(f"{_G}{_low}.readable", "long", values={_rights: 0xC099})
     _add(f"{_G}{_low}.dpl", "long", sets={guest_segment(_register, "SELECTOR"): 3})
 _CS, _SS = F.GUEST_CS_ACCESS_RIGHTS, F.GUEST_SS_ACCESS_RIGHTS
+_add(f"{_G}ss.dpl-fred", "full", sets={F.GUEST_CR4: _FRED, _SS: 0x20, _CS: 0x20})
+_add(f"{_G}cs.l-fred", "full", sets={F.GUEST_CR4: _FRED}, values={_CS: CODE_32})
 _add(f"{_G}cs.type", "long", values={_CS: 0xA098})
 _add(f"{_G}ss.type", "long", values={_SS: 0xC091})
 _add(f"{_G}cs.dpl-data", "real", values={_CS: 0xF3})

@@ -44,7 +44,7 @@ ENTRY = (F.ENTRY_CONTROLS,)
 IA32E = Entry.ia32e_mode_guest
 IA32E_GUEST = 'the "IA-32e mode guest" VM-entry control'
 CR0_PE, CR0_PG = Cr0.pe, Cr0.pg
-CR4_PAE, CR4_PCIDE = Cr4.pae, Cr4.pcide
+CR4_PAE, CR4_PCIDE, CR4_FRED = Cr4.pae, Cr4.pcide, Cr4.fred
 EFER_LME, EFER_LMA = Efer.lme, Efer.lma
 RFLAGS_IF, RFLAGS_VM = Rflags.if_, Rflags.vm
 RFLAGS_RESERVED = Rflags.reserved()
@@ -127,6 +127,13 @@ REGISTERS.rule(
     lambda s, c: not s[F.GUEST_CR4] & CR4_PCIDE or s[F.ENTRY_CONTROLS] & IA32E,
     "clear bit 17",
 )
+REGISTERS.rule(
+    "cr4.fred",
+    f"If {IA32E_GUEST} is 0, CR4.FRED must be 0 in GUEST_CR4",
+    (F.GUEST_CR4, *ENTRY),
+    lambda s, c: not s[F.GUEST_CR4] & CR4_FRED or s[F.ENTRY_CONTROLS] & IA32E,
+    "clear bit 32: FRED is for 64-bit operating systems",
+)
 cr3_rule(GUEST)
 GUEST.clear(
     "dr7",
@@ -192,6 +199,17 @@ GUEST.supported(
     loads("IA32_RTIT_CTL"),
 )
 cet_rules(GUEST, entry(Entry.load_cet_state), ENTRY, loads("CET state"))
+REGISTERS.rule(
+    "s-cet.high",
+    f"If {loads('CET state')}, bits 63:32 of GUEST_S_CET must be 0 if {IA32E_GUEST} is 0",
+    (F.GUEST_S_CET, *ENTRY),
+    lambda s, c: (
+        not s[F.GUEST_S_CET] & HIGH_HALF
+        or s[F.ENTRY_CONTROLS] & IA32E
+        or not s[F.ENTRY_CONTROLS] & Entry.load_cet_state
+    ),
+    "give a legacy code page bitmap below 4 GBytes",
+)
 pkrs_rule(GUEST, entry(Entry.load_pkrs), ENTRY, loads("PKRS"))
 GUEST.supported(
     "lbr-ctl",

@@ -39,7 +39,7 @@ ADDRESS_SPACE = Section(
 
 HOST = Side(REGISTERS, "HOST")
 EXIT = (F.EXIT_CONTROLS,)
-HOST_64 = Exit.host_address_space_size
+HOST_64, CET = Exit.host_address_space_size, Exit.load_cet_state
 EFER_LME, EFER_LMA = Efer.lme, Efer.lma
 CR4_PAE, CR4_PCIDE = Cr4.pae, Cr4.pcide
 
@@ -208,6 +208,17 @@ ADDRESS_SPACE.rule(
     lambda s, c: not s[F.HOST_RIP] & HIGH_HALF or s[F.EXIT_CONTROLS] & HOST_64,
     "give an address below 4 GBytes",
 )
+for _register, _field in (("s-cet", F.HOST_S_CET), ("ssp", F.HOST_SSP)):
+    ADDRESS_SPACE.rule(
+        f"{_register}-high",
+        f'If "host address-space size" is 0 and "load CET state" is 1, bits 63:32 of '
+        f"{_field.name} must be 0",
+        (_field, *EXIT),
+        lambda s, c, field=_field: (  # type: ignore[misc]
+            not s[field] & HIGH_HALF or s[F.EXIT_CONTROLS] & (HOST_64 | CET) != CET
+        ),
+        "give an address below 4 GBytes",
+    )
 ADDRESS_SPACE.rule(
     "pae",
     'If "host address-space size" is 1, CR4.PAE must be 1 in HOST_CR4',

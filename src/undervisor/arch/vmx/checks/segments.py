@@ -14,7 +14,7 @@ from undervisor.arch.vmx.controls import AccessRights as Rights
 from undervisor.arch.vmx.controls import EntryControls as Entry
 from undervisor.arch.vmx.controls import SecondaryControls as Secondary
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.registers import Rflags
+from undervisor.arch.x86.registers import Cr4, Rflags
 
 SEGMENTS = Section("vmx.guest", "Checks on Guest Segment Registers", Outcome.EXIT_GUEST_STATE)
 
@@ -293,6 +293,31 @@ SEGMENTS.rule(
         or s[FLAGS] & VM86
     ),
     "clear bits 6:5 of the access rights of SS",
+)
+FRED_READS = (F.GUEST_CR4, F.ENTRY_CONTROLS)
+CR4_FRED = Cr4.fred
+IA32E = Entry.ia32e_mode_guest
+
+
+def fred(s: State) -> bool:
+    """Whether the guest will use FRED transitions."""
+    return bool(s[F.GUEST_CR4] & CR4_FRED and s[F.ENTRY_CONTROLS] & IA32E)
+
+
+SEGMENTS.rule(
+    "ss.dpl-fred",
+    'If the guest will use FRED transitions (CR4.FRED is 1 and "IA-32e mode guest" is 1), the '
+    "DPL of SS must be 0 or 3",
+    (SS_RIGHTS, *FRED_READS),
+    lambda s, c: _dpl(s[SS_RIGHTS]) in (0, 3) or not fred(s),
+    "FRED has no privilege levels 1 and 2",
+)
+SEGMENTS.rule(
+    "cs.l-fred",
+    "If the guest will use FRED transitions and the DPL of SS is 0, CS.L must be 1",
+    (CS_RIGHTS, SS_RIGHTS, *FRED_READS),
+    lambda s, c: s[CS_RIGHTS] & Rights.long_mode or _dpl(s[SS_RIGHTS]) or not fred(s),
+    "set bit 13 of the access rights: FRED has no compatibility mode at privilege level 0",
 )
 
 
