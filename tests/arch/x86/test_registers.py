@@ -7,6 +7,7 @@ from undervisor.arch.x86.registers import (
     Cr0,
     Cr3,
     Cr4,
+    Dr6,
     Dr7,
     Efer,
     Gpr,
@@ -38,6 +39,23 @@ def test_registers_are_encoded_in_the_order_of_instructions():
     assert [Gpr(i).name for i in (0, 1, 2, 3, 4, 7, 8, 15)] == [
         "RAX", "RCX", "RDX", "RBX", "RSP", "RDI", "R8", "R15",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("register", "bits"),
+    [
+        (Cr0, [0, 1, 2, 3, 4, 5, 16, 18, 29, 30, 31]),
+        (Cr4, [*range(15), *range(16, 26), 27, 28, 32]),
+        (Efer, [0, 8, 10, 11, 12, 13, 14, 15, 17, 18, 20, 21]),
+        (Rflags, [0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 12, 14, 16, 17, 18, 19, 20, 21]),
+        (Dr6, [0, 1, 2, 3, 11, 13, 14, 15, 16]),
+        (Dr7, [*range(12), 13, 16, 18, 20, 22, 24, 26, 28, 30]),
+        (Xcr0, [0, 1, 2, 3, 4, 5, 6, 7, 9, 17, 18, 19, 62]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_fields_begin_at_the_manual_s_bits(register, bits):
+    assert [field.lsb for field in register.FIELDS.values()] == bits
 
 
 # Each row changes one thing of a legal load of CR0.
@@ -73,6 +91,10 @@ def test_cr0_ignores_reserved_bits_and_keeps_et():
     assert legalize_cr0(REAL, 0, cr4=0, efer=0) == Cr0.et
     assert legalize_cr0(PROTECTED, PAGED, cr4=Cr4.pae, efer=Efer.lme) == PAGED
     assert legalize_cr0(PAGED, PROTECTED, cr4=Cr4.pae, efer=LONG) == PROTECTED
+
+
+def test_cs_l_means_nothing_outside_long_mode():
+    assert legalize_cr0(PAGED, PROTECTED, cr4=Cr4.pae, efer=0, cs_long=True) == PROTECTED
 
 
 def test_long_mode_becomes_active_and_inactive_with_paging():
@@ -144,6 +166,7 @@ def test_efer_refuses_what_the_processor_lacks_and_a_change_of_lme_under_paging(
     assert legalize_efer(0, 1 << 16, supported=EFER_ALL, cr0=REAL) == GP0
     assert legalize_efer(0, Efer.lme, supported=EFER_ALL, cr0=PAGED) == GP0
     assert legalize_efer(0, Efer.lme, supported=EFER_ALL, cr0=PROTECTED) == Efer.lme
+    assert legalize_efer(LONG, LONG | Efer.sce, supported=EFER_ALL, cr0=PAGED) == LONG | Efer.sce
 
 
 @given(old=u64, new=u64, cr0=u64)

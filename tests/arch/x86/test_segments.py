@@ -119,3 +119,20 @@ def test_the_fields_of_a_tss_are_where_the_manual_says():
     assert TSS32["ldt"].offset == 96
     assert TSS16["ip"].offset == 14
     assert TSS16["ldt"].offset + 2 == TSS16_LIMIT + 1
+
+
+def test_system_types_are_the_manual_s():
+    assert [(t.name, int(t)) for t in SystemType] == [
+        ("TSS16_AVAILABLE", 1),
+        ("LDT", 2),
+        ("TSS16_BUSY", 3),
+        ("CALL_GATE16", 4),
+        ("TASK_GATE", 5),
+        ("INTERRUPT_GATE16", 6),
+        ("TRAP_GATE16", 7),
+        ("TSS_AVAILABLE", 9),
+        ("TSS_BUSY", 11),
+        ("CALL_GATE", 12),
+        ("INTERRUPT_GATE", 14),
+        ("TRAP_GATE", 15),
+    ]

@@ -307,8 +307,8 @@ def legalize_xcr0(new: int, *, supported: int) -> int | Fault:
 
 def legalize_dr6(new: int) -> int | Fault:
     """The DR6 that MOV to DR6 stores; the reserved bits keep their fixed values."""
-    # BLD and RTM read as 1 unless the condition occurred; without them the bits are fixed ones.
-    return GP0 if new & HIGH_HALF else new & (Dr6.DECLARED & ~(Dr6.bld | Dr6.rtm)) | DR6_FIXED_ONE
+    # BLD and RTM are among the fixed ones: they read as 1 unless their condition occurred.
+    return GP0 if new & HIGH_HALF else new & Dr6.DECLARED | DR6_FIXED_ONE
 
 
 def legalize_dr7(new: int) -> int | Fault:
