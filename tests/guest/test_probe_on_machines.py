@@ -3,18 +3,21 @@
 import struct
 
 import pytest
-from guest_machines import needs_bochs, needs_qemu, qemu
+from guest_machines import bochs, needs_bochs, needs_qemu, qemu
 
+from undervisor.arch.svm.vmcb import Vmcb, VmcbField
 from undervisor.arch.x86.boot import MemoryMap
 from undervisor.guest.asm import assemble
 from undervisor.guest.disk import disk_image, iso_image
 from undervisor.guest.elf_writer import note, write_elf
 from undervisor.guest.image import Image
 from undervisor.guest.placement import Segment
-from undervisor.guest.probe.answers import Fault, Refused
+from undervisor.guest.probe.answers import Fault, Refused, VmxOutcome
 from undervisor.guest.probe.client import Batch, Probe
 from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
 from undervisor.guest.probe.protocol import Frame, Kind
+from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
+from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
 
 qemu_test = [pytest.mark.qemu, needs_qemu]
 bochs_test = [pytest.mark.bochs, pytest.mark.deep, needs_bochs]
@@ -41,7 +44,7 @@ MEDIA = {
 
 
 def connected(line):
-    probe = Probe(line, answer_time=5)
+    probe = Probe(line, answer_time=20)
     probe.wait_for_hello()
     return probe
 
@@ -223,40 +226,70 @@ class TestOnQemu:
 
 
 VMCB, HSAVE, L2 = FREE + 0x10000, FREE + 0x11000, FREE + 0x12000
+VMXON, VMCS, SCRATCH = FREE + 0x13000, FREE + 0x14000, FREE + 0x15000
 
 
 def svm_l2(probe):
     code = assemble("add $1, %rbx; mov %rbx, %rcx; mov $5, %eax; vmmcall; hlt")
+    l1 = svm_on(probe, HSAVE)
     batch = Batch()
-    efer = batch.rdmsr(0xC0000080)
-    cr0, cr3, cr4 = (batch.read_cr(number) for number in (0, 3, 4))
-    probe.run(batch)
-    area = bytearray(4096)
-
-    def put(offset, form, *values):
-        struct.pack_into("<" + form, area, offset, *values)
-
-    put(0x0C, "2I", 1 << 24, 1 << 0 | 1 << 1)  # HLT; VMRUN, VMMCALL
-    put(0x58, "I", 1)  # ASID
-    for offset, selector, attributes in ((0x400, 16, 0xC93), (0x410, 8, 0xA9B)):
-        put(offset, "2HIQ", selector, attributes, 0xFFFFFFFF, 0)
-    for offset in (0x420, 0x430):
-        put(offset, "2HIQ", 16, 0xC93, 0xFFFFFFFF, 0)
-    put(0x4D0, "Q", efer.value | 1 << 12)
-    put(0x548, "3Q", cr4.value, cr3.value, cr0.value)
-    put(0x560, "4Q", 0x400, 0xFFFF0FF0, 2, L2)
-    put(0x5D8, "Q", L2 + 0x1000)
-    batch = Batch()
-    batch.wrmsr(0xC0000080, efer.value | 1 << 12)
-    batch.wrmsr(0xC0010117, HSAVE)
-    batch.write(VMCB, bytes(area))
+    batch.write(VMCB, bytes(l2_vmcb(l1, L2, L2 + 0x1000)))
     batch.write(L2, code.bytes)
     run = batch.svm_run(VMCB, {"rbx": 41, "r15": 15})
-    exit_code = batch.read(VMCB + 0x70, 8)
-    state = batch.read(VMCB + 0x578, 8)
+    after = batch.read(VMCB, 4096)
     probe.run(batch)
-    assert int.from_bytes(exit_code.value, "little") == 0x81
+    vmcb = Vmcb(after.value)
+    assert vmcb[VmcbField.EXITCODE] == 0x81
     assert run.value.registers["rcx"] == 42
     assert run.value.registers["r15"] == 15
-    assert int.from_bytes(state.value, "little") == L2 + len(code) - 4
-    assert vendor(probe) == b"AuthenticAMD"
+    assert vmcb[VmcbField.RAX] == 5
+    assert vmcb[VmcbField.RIP] == L2 + len(code) - 4
+    assert ask(probe, Batch.read_cr, 3) == l1.cr3
+
+
+def vmx_l2(probe):
+    code = assemble("add $1, %rbx; mov %rbx, %rcx; mov $5, %eax; vmcall; hlt")
+    facts = vmx_on(probe, VMXON, VMCS)
+    batch = Batch()
+    batch.write(L2, code.bytes)
+    early = batch.vmx_run(resume=True)
+    written = batch.vmwrites(l2_fields(facts, L2, L2 + 0x1000), SCRATCH)
+    run = batch.vmx_run({"rbx": 41, "r15": 15})
+    after = batch.vmreads([0x4402, 0x681E, 0x440C, 0x7FFE], SCRATCH)
+    batch.vmwrite(0x681E, L2 + len(code) - 1)
+    again = batch.vmx_run(resume=True)
+    reason = batch.vmread(0x4402)
+    current = batch.vmptrst()
+    off = batch.vmxoff()
+    outside = batch.vmread(0x4402)
+    probe.run(batch)
+    assert (early.value.result.outcome, early.value.result.error) == (VmxOutcome.FAIL_VALID, 5)
+    count, outcome = written.value
+    assert outcome.succeeded, (count, outcome)
+    assert run.value.result.succeeded, run.value.result
+    assert run.value.registers["rcx"] == 42
+    assert run.value.registers["rax"] == 5
+    assert run.value.registers["r15"] == 15
+    assert after.value == {0x4402: 18, 0x681E: L2 + len(code) - 4, 0x440C: 3, 0x7FFE: None}
+    assert again.value.result.succeeded
+    assert reason.value.value == 12
+    assert current.value.value == VMCS
+    assert off.value.succeeded
+    assert outside.fault.vector == 6
+
+
+class TestOnBochs:
+    pytestmark = bochs_test
+
+    def test_an_svm_l2_runs_on_each_of_two_processors(self):
+        with bochs(iso_image(placement()), "ryzen", processors=2) as line:
+            probe = connected(line)
+            assert vendor(probe) == b"AuthenticAMD"
+            assert probe.start_aps([1]) == 2
+            svm_l2(probe)
+
+    def test_a_vmx_l2_runs_and_exits_by_vmcall(self):
+        with bochs(iso_image(placement()), "corei7_skylake_x") as line:
+            probe = connected(line)
+            assert vendor(probe) == b"GenuineIntel"
+            vmx_l2(probe)

@@ -113,22 +113,22 @@ class Faulted(GuestDied):
 class Answer(Generic[T]):
     """The answer to an operation of a batch, there when the batch has run."""
 
-    __slots__ = ("_outcome", "what")
+    __slots__ = ("_outcomes", "what")
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self._outcome: T | Fault | Refused | None = None
+        self._outcomes: list[T | Fault | Refused] = []
 
     def set(self, outcome: T | Fault | Refused) -> None:
         """Fill it in."""
-        self._outcome = outcome
+        self._outcomes = [outcome]
 
     @property
     def outcome(self) -> T | Fault | Refused:
         """The value, or the fault in its place."""
-        if self._outcome is None:
+        if not self._outcomes:
             raise Faulted(f"{self.what} was not run", hint="run its batch first")
-        return self._outcome
+        return self._outcomes[0]
 
     @property
     def fault(self) -> Fault | None:

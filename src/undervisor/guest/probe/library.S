@@ -157,7 +157,8 @@ do_vmwrites:                        # rcx rows of field (4) and value (8) at rsi
     add $12, %rsi
     dec %rcx
     jnz 1b
-2:  ret
+2:  test %rsp, %rsp                 # CF and ZF clear: all succeeded
+    ret
 do_vmreads:                         # rcx fields (4) at rsi; value and RFLAGS (8, 8) of each to rdi
     jrcxz 2f
 1:  mov (%rsi), %edx
