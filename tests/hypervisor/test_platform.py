@@ -301,6 +301,10 @@ def test_reading_a_count_does_not_need_the_ticks(board):
 # firmware's tables
 
 
+def test_the_acpi_root_pointer_is_where_the_platform_says(board):
+    assert dict(board.platform.tables())[board.platform.rsdp].startswith(b"RSD PTR ")
+
+
 def test_no_two_firmware_tables_overlap(board):
     placed = sorted(board.platform.tables())
     for (first, data), (second, _) in itertools.pairwise(placed):

@@ -76,9 +76,12 @@ class Platform:
     """The board with `len(sinks)` processors; its state is as firmware leaves it for a kernel.
 
     `sinks[i]` is processor i's interrupt input, `on_end` is told when the guest ends its run.
+    `rsdp` is where `tables` puts the ACPI root pointer, for loaders that pass it on.
     `serial_sink` and `console_sink` take output in pieces; without the latter the debug console
     is absent.  `source` gives the serial port's input; without one only `feed_serial` does.
     """
+
+    rsdp: Final = acpi.AREA
 
     def __init__(
         self,
