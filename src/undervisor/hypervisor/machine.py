@@ -237,7 +237,9 @@ class Machine:
             return LEAVE
         if action == RUN_ON:
             action = self._attend(vcpu)
-        self.processor.set_budget(self._budget())
+        # What else waits is looked at before the first instruction of a delivered event's handler.
+        at_once = action != RUN_ON and self.current.attention
+        self.processor.set_budget(0 if at_once else self._budget())
         return action
 
     def _decide(self, vcpu: Vcpu, exit: Exit) -> Verdict:
@@ -290,10 +292,16 @@ class Machine:
                 return self._apply(vcpu, exit, self._decide_shutdown(vcpu, exit))
             fault = combined
         if vcpu.in_l2:
-            reflected = vcpu.nested.reflect_fault(vcpu, exit, fault.vector)
+            reflected = vcpu.nested.reflect_fault(vcpu, exit, fault)
             if reflected is not None:
                 return self._apply(vcpu, exit, reflected)
         return vcpu.inject(fault)
+
+    def raise_trap(self, vcpu: Vcpu, fault: Fault) -> int:
+        """An instruction that L0 completed ends in a trap; the silicon's action."""
+        exit = vcpu.exit
+        exit.event = 0
+        return self._inject(vcpu, exit, fault)
 
     def _decide_shutdown(self, vcpu: Vcpu, exit: Exit) -> Verdict:
         exit.code, exit.event = Vector.DF, 0

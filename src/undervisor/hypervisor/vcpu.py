@@ -10,7 +10,7 @@ from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootMode, BootState
 from undervisor.arch.x86.cpuid import Vendor
-from undervisor.arch.x86.events import Fault, GuestFault, Vector
+from undervisor.arch.x86.events import DB, Fault, GuestFault
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.paging import (
     USER,
@@ -172,7 +172,7 @@ class Vcpu:
         state.end_interrupt_shadow()
         if state.q[17] & _TRAP_FLAG:
             state.dr6 |= Dr6.bs
-            return self.processor.inject_exception(Vector.DB, None)
+            return self.machine.raise_trap(self, DB)
         return RUN_ON
 
     def inject(self, fault: Fault) -> int:
@@ -227,7 +227,7 @@ class Vcpu:
 
     def read_gpa_u64(self, gpa: int) -> int:
         """A quadword of the running world's guest-physical memory."""
-        return self.memory.u64(self.nested.to_hpa(self, gpa) if self.in_l2 else gpa)
+        return self.memory.u64(self.nested.to_hpa(self, gpa, tables=True) if self.in_l2 else gpa)
 
     def translate(self, gva: int, access: int = 0) -> int | Fault:
         """The host-physical address of a linear address, or the page fault; sets A and D."""
@@ -238,7 +238,8 @@ class Vcpu:
         if isinstance(result, PageFault):
             return result.fault()
         for entry, value in accessed_dirty_updates(result, access):
-            self.memory.set_u64(self.nested.to_hpa(self, entry) if self.in_l2 else entry, value)
+            hpa = self.nested.to_hpa(self, entry, tables=True) if self.in_l2 else entry
+            self.memory.set_u64(hpa, value)
         if not self.in_l2:
             return result.gpa
         return self.nested.to_hpa(self, result.gpa, write=bool(access & WRITE))

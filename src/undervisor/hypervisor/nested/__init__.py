@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from undervisor.arch.x86.events import Fault
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.verdict import Verdict
 
@@ -32,7 +33,7 @@ class Nested(Protocol):
     def reflect(self, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         """An exit of L2: turn it into a VM exit that L1 sees, or None when L0 handles it."""
 
-    def reflect_fault(self, vcpu: Vcpu, exit: Exit, vector: int) -> Verdict | None:
+    def reflect_fault(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> Verdict | None:
         """L0 is about to inject an exception into L2: a VM exit instead where L1 intercepts."""
 
     def deliver(self, vcpu: Vcpu) -> int:
@@ -44,8 +45,11 @@ class Nested(Protocol):
         Clears `init_pending` when it is dropped or redirected; leaves it when INIT is blocked.
         """
 
-    def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False) -> int:
-        """Where L2's guest-physical address is; GuestExit where L1's tables do not allow it."""
+    def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False, tables: bool = False) -> int:
+        """Where L2's guest-physical address is; GuestExit where L1's tables do not allow it.
+
+        `tables`: for the walk of L2's own page tables, not for the address that it gives.
+        """
 
     def allows_cr0(self, vcpu: Vcpu, value: int) -> bool:
         """Whether the extension lets the running world load CR0: bits fixed in VMX operation."""

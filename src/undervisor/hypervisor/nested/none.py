@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from undervisor.arch.x86.events import Fault
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import Handler
 from undervisor.hypervisor.verdict import Verdict
@@ -25,7 +26,7 @@ class NoNested:
         """There is no L2."""
         return None
 
-    def reflect_fault(self, vcpu: Vcpu, exit: Exit, vector: int) -> Verdict | None:
+    def reflect_fault(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> Verdict | None:
         """There is no L2."""
         return None
 
@@ -37,7 +38,7 @@ class NoNested:
         """INIT is never blocked."""
         return None
 
-    def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False) -> int:
+    def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False, tables: bool = False) -> int:
         """There is no L2."""
         return gpa
 
