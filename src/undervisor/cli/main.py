@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "enable": "enable",
     "disable": "enable",
     "record": "record",
+    "migrate": "migrate",
 }
 
 

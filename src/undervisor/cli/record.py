@@ -10,6 +10,7 @@ from undervisor.cli.check import GuestOption, HostOption, SshConfigOption, machi
 from undervisor.host.access.recorder import RecordingHost
 from undervisor.host.checks.engine import examine
 from undervisor.host.facts.machine import gather
+from undervisor.host.migration.capabilities import vmx_msrs
 
 
 def record(
@@ -25,7 +26,9 @@ def record(
     """
     with machine(host, guest, "", ssh_config) as opened:
         recorder = RecordingHost(opened)
-        examination = examine(gather(recorder), with_security=True)
+        facts = gather(recorder)
+        vmx_msrs(recorder, facts)
+        examination = examine(facts, with_security=True)
         removed = recorder.write(folder, about)
     print(f"recorded {examination.machine} in {folder}: {examination.verdict.value}")
     for kind, count in removed.items():

@@ -29,12 +29,13 @@ class Layer(IntEnum):
     SOFTWARE = 5
     SECURITY = 6
     LIVE = 7
+    MIGRATION = 8
 
     @property
     def title(self) -> str:
         """What an operator calls it."""
         titles = ("where we are", "firmware", "processor", "kernel", "/dev/kvm")
-        return (*titles, "virtualization software", "security", "live proof")[self]
+        return (*titles, "virtualization software", "security", "live proof", "migration")[self]
 
 
 @dataclass(frozen=True, slots=True)

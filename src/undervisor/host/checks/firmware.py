@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.x86.msr import FeatureControl, VmCr
 from undervisor.host.checks.finding import Finding, Kind, Layer, Level
 from undervisor.host.checks.place import explained_by_place, extension_missing
 from undervisor.host.fact import Absent, Fact, Known, value_or
@@ -67,21 +67,6 @@ LOCKDOWN = Kind(
 )  # fmt: skip
 
 _BIOS_LOG = r"disabled by bios|disabled \(by BIOS\)|VMX \(outside TXT\) disabled"
-
-
-class FeatureControl(Register):
-    """IA32_FEATURE_CONTROL; SDM, "Enabling and Entering VMX Operation"."""
-
-    lock = Bits(0)
-    vmx_inside_smx = Bits(1)
-    vmx_outside_smx = Bits(2)
-
-
-class VmCr(Register):
-    """VM_CR; APM, "VM_CR MSR"."""
-
-    lock = Bits(3)
-    svmdis = Bits(4)
 
 
 def switched_off(machine: Machine) -> str:
