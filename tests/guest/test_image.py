@@ -76,14 +76,14 @@ def test_the_multiboot_header_is_aligned_in_the_first_8_kib(at, found):
     if found:
         assert Image.parse(data, "k").protocol is Protocol.MULTIBOOT
     else:
-        with pytest.raises(BadInput, match="neither Multiboot nor PVH"):
+        with pytest.raises(BadInput, match="neither Linux, Multiboot nor PVH"):
             Image.parse(data, "k")
 
 
 def test_a_wrong_checksum_is_no_multiboot_header():
     data = bytearray(multiboot_flat())
     data[8] ^= 1
-    with pytest.raises(BadInput, match="neither Multiboot nor PVH"):
+    with pytest.raises(BadInput, match="neither Linux, Multiboot nor PVH"):
         Image.parse(bytes(data), "k")
 
 
@@ -214,7 +214,7 @@ ROW = 52  # the first program header of an ELF32 file
 TWO = write_elf([Segment(BASE, ELF[96:], 0x1000), Segment(BASE + 0x800, b"x", 0x1000)], BASE + 12)
 LIES = {
     "empty": (b"", "the file is empty"),
-    "a text": (b"#!/bin/sh\n" * 100, "neither Multiboot nor PVH"),
+    "a text": (b"#!/bin/sh\n" * 100, "neither Linux, Multiboot nor PVH"),
     "only the magic": (b"\x7fELF", "neither a 32-bit nor a 64-bit"),
     "a header cut off": (ELF[:40] + multiboot_flat()[:0], "ELF header is truncated"),
     "another machine": (patched(ELF, 18, "H", 40), "machine 40"),

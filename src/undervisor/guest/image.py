@@ -15,7 +15,7 @@ from enum import Enum
 
 from undervisor.arch.x86.boot import BootMode, MemoryMap
 from undervisor.errors import BadInput
-from undervisor.guest import elf, multiboot, pvh, raw
+from undervisor.guest import elf, linux, multiboot, pvh, raw
 from undervisor.guest.placement import Kernel, Machine, Module, Placement
 
 __all__ = ["Image", "Module", "Placement", "Protocol"]
@@ -27,6 +27,7 @@ Place = Callable[[Kernel, Machine], Placement]
 class Protocol(Enum):
     """How an image expects to be started."""
 
+    LINUX = "Linux, 32-bit entry"
     MULTIBOOT = "Multiboot 1"
     PVH = "PVH"
     RAW16 = "raw, real-address mode"
@@ -35,10 +36,12 @@ class Protocol(Enum):
 
 RECOGNISE: dict[Protocol, Recognise] = {
     # In the order of preference.
+    Protocol.LINUX: linux.recognise,
     Protocol.MULTIBOOT: multiboot.recognise,
     Protocol.PVH: pvh.recognise,
 }
 PLACE: dict[Protocol, Place] = {
+    Protocol.LINUX: linux.place,
     Protocol.MULTIBOOT: multiboot.place,
     Protocol.PVH: pvh.place,
     Protocol.RAW16: raw.place_real,
@@ -71,7 +74,7 @@ class Image:
                 hint="an L1 image needs one of them; user programs do not run here",
             )
         raise BadInput(
-            f"{name}: neither Multiboot nor PVH" if data else f"{name}: the file is empty",
+            f"{name}: neither Linux, Multiboot nor PVH" if data else f"{name}: the file is empty",
             hint="a flat binary needs to be told its address",
         )
 

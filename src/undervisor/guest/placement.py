@@ -30,11 +30,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The image itself, understood: its segments and the address of its first instruction."""
+    """The image itself, understood: its segments and the address of its first instruction.
+
+    `header` is what else of the file the protocol's loader needs.
+    """
 
     name: str
     segments: tuple[Segment, ...]
     entry: int
+    header: bytes = b""
 
     @property
     def end(self) -> int:
