@@ -66,7 +66,8 @@ KINDS: dict[str, Kind] = {}
 class Kind:
     """A kind of finding, declared beside the check that finds it.
 
-    `remedy` may hold {names} that the check fills in.  `decides`: whether nested KVM is in doubt
+    `remedy` may hold {names} that the check fills in, from `variants` where it depends on what
+    else was found.  `decides`: whether nested KVM is in doubt
     while this is unknown.
     """
 
@@ -78,6 +79,7 @@ class Kind:
     remedy: str = ""
     sources: tuple[str, ...] = ()
     decides: bool = False
+    variants: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*", self.id) or self.id in KINDS:

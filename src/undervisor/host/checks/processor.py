@@ -23,6 +23,22 @@ NONE = Kind(
     "Enable Intel VT-x or AMD SVM Mode in the firmware setup. If there is no such entry, the "
     "processor model has none: look it up at its vendor.",
 )  # fmt: skip
+_HOW = {
+    "KVM": "In the KVM host: undervisor check there; nested on (undervisor enable), and for this "
+    "guest CPU model host-passthrough (QEMU -cpu host), or a named model with the {flag} feature "
+    "required: <feature policy='require' name='{flag}'/>. Then stop and start the guest: a reboot "
+    "inside keeps the old CPU.",
+    "QEMU TCG": "QEMU's emulation has no VMX. For an emulated SVM: -cpu max or -cpu EPYC,+svm. For "
+    "hardware nesting use -accel kvm.",
+    "VMware": 'In the .vmx file: vhv.enable = "TRUE" (Expose hardware assisted virtualization to '
+    "the guest OS), with virtualization-based security of the host off.",
+    "Hyper-V": "On the host, with the machine off: Set-VMProcessor -VMName NAME "
+    "-ExposeVirtualizationExtensions $true",
+    "VirtualBox": "VBoxManage modifyvm NAME --nested-hw-virt on",
+    "Xen": "nestedhvm=1 in the domain's configuration (experimental in Xen).",
+    "Parallels": "prlctl set NAME --nested-virt on",
+}
+
 L0_HIDES = Kind(
     "l0-hides-virtualization", _L, Level.FAIL, "The hypervisor below hides the extension",
     "The layer to change is the one below: this guest's CPU model there lacks the extension, or "
@@ -30,6 +46,7 @@ L0_HIDES = Kind(
     "missing /dev/kvm are consequences.",
     "{how}",
     ("Linux Documentation, Running nested guests with KVM",),
+    variants=tuple(_HOW.items()),
 )  # fmt: skip
 SIE_MISSING = Kind(
     "sie-missing", _L, Level.FAIL, "This machine has no SIE",
@@ -63,22 +80,6 @@ _FEATURES = {
     "svm": ("nrip_save", "flushbyasid", "decodeassists", "vgif", "v_vmsave_vmload"),
 }
 _NAMES = {"flushbyasid": "flush by ASID", "v_vmsave_vmload": "virtual VMLOAD and VMSAVE"}
-
-_HOW = {
-    "KVM": "In the KVM host: undervisor check there; nested on (undervisor enable), and for this "
-    "guest CPU model host-passthrough (QEMU -cpu host), or a named model with the {flag} feature "
-    "required: <feature policy='require' name='{flag}'/>. Then stop and start the guest: a reboot "
-    "inside keeps the old CPU.",
-    "QEMU TCG": "QEMU's emulation has no VMX. For an emulated SVM: -cpu max or -cpu EPYC,+svm. For "
-    "hardware nesting use -accel kvm.",
-    "VMware": 'In the .vmx file: vhv.enable = "TRUE" (Expose hardware assisted virtualization to '
-    "the guest OS), with virtualization-based security of the host off.",
-    "Hyper-V": "On the host, with the machine off: Set-VMProcessor -VMName NAME "
-    "-ExposeVirtualizationExtensions $true",
-    "VirtualBox": "VBoxManage modifyvm NAME --nested-hw-virt on",
-    "Xen": "nestedhvm=1 in the domain's configuration (experimental in Xen).",
-    "Parallels": "prlctl set NAME --nested-virt on",
-}
 
 
 def how_below(machine: Machine) -> str:
