@@ -13,7 +13,7 @@ from undervisor.guest.elf_writer import note, write_elf
 from undervisor.guest.image import Image
 from undervisor.guest.placement import Segment
 from undervisor.guest.probe.answers import Fault, Refused, VmxOutcome
-from undervisor.guest.probe.client import Batch, Probe
+from undervisor.guest.probe.client import Batch, Probe, ProbeSilent
 from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
 from undervisor.guest.probe.protocol import Frame, Kind
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
@@ -184,25 +184,46 @@ class TestOnQemu:
         assert frame.sequence == on_qemu._sequence
         assert ask(on_qemu, Batch.peek, FREE + 64) == before + 1
 
-    def test_other_processors_run_batches_at_the_same_time(self, on_qemu):
+    def test_processors_run_batches_at_the_same_time(self, on_qemu):
         assert on_qemu.start_aps([1, 2]) == 3
-        batch, subs = Batch(), {}
-        for number in (1, 2):
-            sub = subs[number] = Batch()
-            sub.apic = sub.apic_read(0x20)
-            # Each waits for a word that the other one writes.
-            code = "incl (%rdi); 1: pause; cmpl $2, (%rdi); jb 1b"
-            sub.met = sub.call(assemble("lock " + code), {"rdi": FREE + 128}, [])
-            sub.undefined = sub.call(bytes.fromhex("0f0b"))
-        batch.poke(FREE + 128, 0)
-        for number, sub in subs.items():
-            batch.post(number, sub)
-        for number, sub in subs.items():
-            batch.collect(number, sub)
-        on_qemu.run(batch)
-        assert sorted(sub.apic.value >> 24 for sub in subs.values()) == [1, 2]
-        assert [sub.undefined.fault.vector for sub in subs.values()] == [6, 6]
-        assert [sub.met.fault for sub in subs.values()] == [None, None]
+        code = "lock incl (%rdi); 1: pause; cmpl $3, (%rdi); jb 1b"
+        batches = {number: Batch() for number in range(3)}
+        apic, undefined = {}, {}
+        for number, batch in batches.items():
+            apic[number] = batch.apic_read(0x20)
+            # Each waits until all three have come here.
+            batch.call(assemble(code), {"rdi": FREE + 128}, [])
+            undefined[number] = batch.call(bytes.fromhex("0f0b"))
+        on_qemu.together(batches)
+        assert sorted(answer.value >> 24 for answer in apic.values()) == [0, 1, 2]
+        assert [answer.fault.vector for answer in undefined.values()] == [6, 6, 6]
+        slots = [answer.fault.rip & -0x20000 for answer in undefined.values()]
+        assert slots == [Block(number).base for number in range(3)]
+
+    def test_an_l2_runs_on_every_processor_at_once(self, on_qemu):
+        on_qemu.start_aps([1, 2])
+        code = assemble("lock incl (%rdi); 1: pause; cmpl $3, (%rdi); jb 1b; vmmcall")
+        on_qemu.load(L2, code.bytes)
+        batches, runs, codes = {}, {}, {}
+        for number in range(3):
+            page = FREE + 0x20000 + number * 0x2000
+            l1 = svm_on(on_qemu.on(number), page)
+            on_qemu.load(page + 0x1000, bytes(l2_vmcb(l1, L2, 0)))
+            batch = batches[number] = Batch()
+            runs[number] = batch.svm_run(page + 0x1000, {"rdi": FREE + 256, "rbx": number})
+            codes[number] = batch.peek(page + 0x1070)
+        on_qemu.together(batches)
+        assert [answer.value for answer in codes.values()] == [0x81] * 3
+        assert [run.value.registers["rbx"] for run in runs.values()] == [0, 1, 2]
+
+    def test_a_large_batch_runs_on_another_processor(self, on_qemu):
+        on_qemu.start_aps([1])
+        batch = Batch()
+        for page in range(4):
+            batch.write(FREE + page * 0x6000, bytes([page + 1]) * 0x6000)
+        found = [batch.read(FREE + page * 0x6000, 0x6000) for page in range(4)]
+        on_qemu.on(1).run(batch)
+        assert [answer.value for answer in found] == [bytes([n]) * 0x6000 for n in (1, 2, 3, 4)]
 
     def test_a_processor_that_does_not_run_is_refused(self, on_qemu):
         batch = Batch()
@@ -210,16 +231,13 @@ class TestOnQemu:
         on_qemu.run(batch)
         assert isinstance(answer.outcome, Refused)
 
-    def test_a_processor_that_never_finishes_is_said_to(self):
-        with qemu(MEDIA["multiboot"](), processors=2) as line:
-            probe = connected(line)
-            probe.start_aps([1])
-            sub, batch = Batch(), Batch()
-            sub.call(assemble("1: pause; jmp 1b"))
-            batch.post(1, sub)
-            answer = batch.collect(1, sub, polls=1000)
-            probe.run(batch)
-            assert "not finished" in str(answer.outcome)
+    def test_a_processor_that_never_finishes_is_said_to(self, on_qemu):
+        on_qemu.start_aps([1])
+        batch = Batch()
+        batch.call(assemble("1: pause; jmp 1b"))
+        with pytest.raises(ProbeSilent, match="processor 1 has not finished its batch in 1 s"):
+            on_qemu.together({1: batch}, timeout=1)
+        assert vendor(on_qemu) == b"AuthenticAMD"
 
     def test_an_svm_l2_runs_and_exits_by_vmmcall(self, on_qemu):
         svm_l2(on_qemu)

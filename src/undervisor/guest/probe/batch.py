@@ -31,6 +31,7 @@ MOST_BYTES = 0x7000
 """Bytes that one read or write may have."""
 MOST_CODE = 0xF00
 NEVER = 0xFFFFFFFF
+NOT_FINISHED = Refused("the processor has not finished")
 
 
 class Op(IntEnum):
@@ -63,7 +64,7 @@ class Request:
             case Status.FAULT:
                 self.answer.set(_fault(data, self.out))
             case Status.TIMEOUT:
-                self.answer.set(Refused("the processor has not finished"))
+                self.answer.set(NOT_FINISHED)
             case Status.NO_PROCESSOR:
                 self.answer.set(Refused("no such processor is idle, or it died"))
             case Status.NO_ROOM:

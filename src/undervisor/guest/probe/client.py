@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from undervisor.errors import GuestDied, TimedOut
 from undervisor.guest.multiboot import BOOT_MAGIC
-from undervisor.guest.probe.batch import BatchCore, Request, resolve
+from undervisor.guest.probe.batch import NOT_FINISHED, BatchCore, Request, resolve
+from undervisor.guest.probe.l1 import Runner
 from undervisor.guest.probe.program import program
 from undervisor.guest.probe.protocol import MOST_REQUEST, MOST_RESPONSE, Decoder, Frame, Kind
 from undervisor.guest.probe.svm import SvmOps
@@ -31,6 +33,10 @@ TRIES = 4
 MOST_NOISE = 1 << 20
 """Bytes that are no frame, after which the line is called rubbish."""
 PIECE = 0x4000
+POLLS = 100_000
+"""How long the first processor looks at another's mailbox before it says that it is not done."""
+INNER = 0x100
+"""What a batch inside another one has less of."""
 
 
 class Stream(Protocol):
@@ -101,6 +107,44 @@ class Probe:
         self.run(batch)
         return max((count.value for count in counts), default=1)
 
+    def together(self, batches: Mapping[int, BatchCore], timeout: float | None = None) -> None:
+        """Run batches at the same time, each on the processor with its number; 0 is ours.
+
+        ProbeSilent where one has not finished in time, ProbeDied where one cannot run its batch.
+        Each batch must fit in one request.
+        """
+        limit = self.answer_time if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        others = {number: batch for number, batch in batches.items() if number}
+        first = Batch()
+        posts = [first.post(number, batch) for number, batch in others.items()]
+        self.run(first, limit)
+        for post in posts:
+            _ = post.value
+        if 0 in batches:
+            self.run(batches[0], limit)
+        while others:
+            self._collect(others, deadline - time.monotonic(), limit)
+
+    def _collect(self, others: dict[int, BatchCore], left: float, limit: float) -> None:
+        """Take from `others` the processors that have finished."""
+        if left <= 0:
+            names = ", ".join(str(number) for number in others)
+            raise ProbeSilent(f"processor {names} has not finished its batch in {limit:g} s")
+        round_ = Batch()
+        answers = {n: round_.collect(n, batch, POLLS) for n, batch in others.items()}
+        self.run(round_)
+        for number, answer in answers.items():
+            outcome = answer.outcome
+            if outcome is None:
+                del others[number]
+            elif outcome != NOT_FINISHED:
+                raise ProbeDied(f"processor {number}: {outcome}")
+
+    def on(self, processor: int) -> Runner:
+        """A started processor as something that runs batches, like the probe itself."""
+        return _OnProcessor(self, processor) if processor else self
+
     def _ask(self, payload: bytes, timeout: float) -> bytes:
         self._sequence = (self._sequence + 1) % (1 << 16)
         data = Frame(Kind.REQUEST, self._sequence, payload).encode()
@@ -151,13 +195,27 @@ class Probe:
         return f"; last heard: {' '.join(words)}" if words else ""
 
 
-def _portions(requests: list[Request]) -> Iterator[list[Request]]:
+@dataclass(frozen=True, slots=True)
+class _OnProcessor:
+    probe: Probe
+    number: int
+
+    def run(self, batch: BatchCore, timeout: float | None = None) -> None:
+        """Run `batch` on this processor; the first one waits."""
+        for requests in _portions(batch.requests, INNER):
+            portion = BatchCore()
+            portion.requests = requests
+            self.probe.together({self.number: portion}, timeout)
+
+
+def _portions(requests: list[Request], less: int = 0) -> Iterator[list[Request]]:
     """As many requests at a time as fit in a frame, and their answers in another."""
+    most_request, most_response = MOST_REQUEST - less, MOST_RESPONSE - 256 - less
     portion: list[Request] = []
     size = most = 0
     for request in requests:
         if portion and (
-            size + len(request.data) > MOST_REQUEST or most + request.most > MOST_RESPONSE - 256
+            size + len(request.data) > most_request or most + request.most > most_response
         ):
             yield portion
             portion, size, most = [], 0, 0

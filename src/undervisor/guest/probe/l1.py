@@ -16,7 +16,7 @@ DATA_SEGMENT = Segment(DATA, 0, 0xFFFFFFFF, 0xC93)
 
 
 class Runner(Protocol):
-    """What runs batches: a `Probe`."""
+    """What runs batches: a `Probe`, or `Probe.on` for one of its other processors."""
 
     def run(self, batch: BatchCore, timeout: float | None = None) -> None:
         """Run `batch` and fill in its answers."""
@@ -33,7 +33,7 @@ class L1State:
 
 
 def l1_state(probe: Runner) -> L1State:
-    """The bootstrap processor's state, now; the others' is the same at their start."""
+    """The state of `probe`'s processor, now."""
     batch = BatchCore()
     parts = [batch.read_cr(number) for number in (0, 3, 4)]
     efer = batch.rdmsr(Msr.EFER)

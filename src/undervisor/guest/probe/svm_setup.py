@@ -17,7 +17,7 @@ DR6_RESET, DR7_RESET = 0xFFFF0FF0, 0x400
 
 
 def svm_on(probe: Runner, host_save_area: int) -> L1State:
-    """Set EFER.SVME and VM_HSAVE_PA on the bootstrap processor; its state then.
+    """Set EFER.SVME and VM_HSAVE_PA on `probe`'s processor; its state then.
 
     Faulted where the processor refuses.
     """

@@ -21,6 +21,7 @@ from undervisor.arch.vmx.controls import (
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.msr import FeatureControl
 from undervisor.arch.x86.registers import Cr4
+from undervisor.guest.probe.answers import Faulted
 from undervisor.guest.probe.l1 import CODE_SEGMENT, DATA_SEGMENT, L1State, Runner, l1_state
 from undervisor.guest.probe.program import (
     DATA,
@@ -56,7 +57,7 @@ class VmxFacts:
 
 
 def vmx_on(probe: Runner, region: int, vmcs: int) -> VmxFacts:
-    """Enter VMX operation on the bootstrap processor and make `vmcs` current and clear.
+    """Enter VMX operation on `probe`'s processor and make `vmcs` current and clear.
 
     `region` and `vmcs` are pages.  Faulted where an instruction faults or fails.
     """
@@ -66,7 +67,7 @@ def vmx_on(probe: Runner, region: int, vmcs: int) -> VmxFacts:
     probe.run(batch)
     for step in steps:
         if not step.value.succeeded:
-            raise AssertionError(f"{step.what}: {step.value}")
+            raise Faulted(f"{step.what}: {step.value.outcome.value} {step.value.error}")
     return VmxFacts(basic, _capabilities(probe, basic), l1_state(probe))
 
 
