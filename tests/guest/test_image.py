@@ -289,9 +289,25 @@ def test_overlapping_segments_are_refused():
         Image.parse(TWO, "k").place(RAM)
 
 
-def test_an_image_on_the_boot_information_is_refused():
-    with pytest.raises(BadInput, match="overlaps"):
-        Image.parse(at_address(0x8800), "k").place(RAM)
+def pvh_at(gpa, size):
+    return write_elf([Segment(gpa, b"\xf4", size)], gpa, note(b"Xen\0", 18, struct.pack("<I", gpa)))
+
+
+@pytest.mark.parametrize("image", [at_address(0x4000, 0x8000), pvh_at(0x4000, 0x8000)])
+def test_boot_information_makes_room_for_a_low_image(image):
+    placement = Image.parse(image, "k").place(RAM, "words")
+    info = placement.boot.ebx
+    assert 0xC000 <= info < 0x9FC00
+    memory = memory_of(placement)
+    at = 16 if placement.boot.eax else 24
+    assert string(memory, words(memory, info + at, "I")[0]).endswith("words")
+    base, _ = placement.boot.gdt
+    assert words(memory, base + 8, "Q") == (0x00CF9B000000FFFF,)
+
+
+def test_an_image_that_fills_the_low_memory_is_refused():
+    with pytest.raises(BadInput, match="no room in RAM for boot information"):
+        Image.parse(pvh_at(0x1000, 0x9EC00), "k").place(RAM)
 
 
 def test_a_module_that_does_not_fit_is_refused():

@@ -216,11 +216,11 @@ class TestOnQemu:
         assert [answer.value for answer in codes.values()] == [0x81] * 3
         assert [run.value.registers["rbx"] for run in runs.values()] == [0, 1, 2]
 
-    def test_a_large_batch_runs_on_another_processor(self, on_qemu):
+    def test_a_large_batch_runs_on_another_processor_in_portions(self, on_qemu):
         on_qemu.start_aps([1])
         batch = Batch()
         for page in range(4):
-            batch.write(FREE + page * 0x6000, bytes([page + 1]) * 0x6000)
+            batch.fill(FREE + page * 0x6000, 0x6000, page + 1)
         found = [batch.read(FREE + page * 0x6000, 0x6000) for page in range(4)]
         on_qemu.on(1).run(batch)
         assert [answer.value for answer in found] == [bytes([n]) * 0x6000 for n in (1, 2, 3, 4)]

@@ -30,10 +30,9 @@ SEARCH = 8192
 HEADER_BYTES = 48
 HAS_ADDRESSES = 1 << 16
 
-MMAP = 0x9000
-INFORMATION = 0x9500
-INFORMATION_BYTES = 88
-GDT = 0x9600
+TABLES = 0x9000
+"""Where QEMU puts them too: the memory map, the information 500H and a GDT 600H above."""
+INFORMATION, GDT, TABLES_SIZE = 0x500, 0x600, 0x620
 STACK = 0x9000
 """No protocol promises a stack; images that use one before they set their own find RAM below."""
 LOADER_NAME = "undervisor"
@@ -117,22 +116,23 @@ def place(kernel: Kernel, machine: Machine) -> Placement:
         builder.put(f"module {module.name}", where, module.data)
         where = aligned(end)
     builder.put("boot information", block, b"".join(table) + b"".join(map(text, strings)))
-    _put_information(builder, machine, block, addresses[-2], addresses[-1])
+    tables = builder.low_room(TABLES, TABLES_SIZE)
+    information = _information(machine, tables, block, addresses[-2], addresses[-1])
+    builder.put("boot information", tables, information)
     return builder.done(
         BootState(
             BootMode.PROTECTED32,
             kernel.entry,
             eax=BOOT_MAGIC,
-            ebx=INFORMATION,
+            ebx=tables + INFORMATION,
             esp=STACK,
-            gdt=(GDT, len(flat_gdt()) - 1),
+            gdt=(tables + GDT, len(flat_gdt()) - 1),
         )
     )
 
 
-def _put_information(
-    builder: Builder, machine: Machine, modules: int, cmdline: int, loader: int
-) -> None:
+def _information(machine: Machine, at: int, modules: int, cmdline: int, loader: int) -> bytes:
+    """The memory map, the information structure and the GDT, for the address `at`."""
     memory_map = b"".join(
         struct.pack("<IQQI", 20, part.start, part.size, part.kind) for part in machine.memory.ranges
     )
@@ -147,12 +147,12 @@ def _put_information(
         len(machine.modules),
         modules,
         len(memory_map),
-        MMAP,
+        at,
         loader,
     )
-    builder.put("boot information", MMAP, memory_map)
-    builder.put("boot information", INFORMATION, information)
-    builder.put("boot information", GDT, flat_gdt())
+    if len(memory_map) > INFORMATION:
+        raise ValueError(f"{len(machine.memory.ranges)} ranges are too many for a memory map")
+    return memory_map.ljust(INFORMATION, b"\0") + information.ljust(0x100, b"\0") + flat_gdt()
 
 
 def _lower_and_upper(memory: MemoryMap) -> tuple[int, int]:

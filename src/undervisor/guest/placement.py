@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from undervisor.arch.x86.boot import FOUR_GIB, PAGE, BootState, MemoryMap
+from undervisor.arch.x86.boot import FOUR_GIB, LOW_RAM_END, PAGE, BootState, MemoryMap
 from undervisor.errors import BadInput
 
 # SDM 3A, "Segment Descriptors": base 0, limit FFFFFFFFH, present, accessed.
@@ -126,18 +126,29 @@ class Builder:
             )
         self.taken.append((start, end, what))
 
+    def low_room(self, preferred: int, size: int) -> int:
+        """`preferred`, or where the image is there itself, the highest free page below 640 KiB."""
+        if not self._occupied(preferred, preferred + size):
+            return preferred
+        return self.high_room("boot information", size, LOW_RAM_END)
+
     def put_high(self, what: str, data: bytes, limit: int = FOUR_GIB) -> int:
         """`data` as high as it fits in RAM below `limit`, page-aligned; its address."""
+        gpa = self.high_room(what, len(data), limit)
+        self.put(what, gpa, data)
+        return gpa
+
+    def high_room(self, what: str, size: int, limit: int) -> int:
+        """The highest page in RAM below `limit` from which `size` bytes are free."""
         for part in reversed(self.memory.ram):
             # The highest place ends where the range does or where something else begins.
             tops = [part.end, limit, *(start for start, _, _ in self.taken)]
             for top in sorted((t for t in tops if t <= min(part.end, limit)), reverse=True):
-                gpa = (top - len(data)) & -PAGE
-                if gpa >= part.start and not self._occupied(gpa, gpa + len(data)):
-                    self.put(what, gpa, data)
+                gpa = (top - size) & -PAGE
+                if gpa >= part.start and not self._occupied(gpa, gpa + size):
                     return gpa
         raise BadInput(
-            f"{self.name}: no room in RAM for {what} of {len(data):#x} bytes",
+            f"{self.name}: no room in RAM for {what} of {size:#x} bytes",
             hint="--memory gives more",
         )
 
@@ -154,9 +165,7 @@ class Builder:
                 raise BadInput(
                     f"{self.name}: {what} at {start:#x}-{end:#x} overlaps {next_what} at "
                     f"{next_start:#x}",
-                    hint="the boot information takes a few KiB from 0x9000"
-                    if "information" in what + next_what
-                    else "the image's headers contradict themselves",
+                    hint="the image's headers contradict themselves",
                 )
         return Placement(tuple(self.pieces), tuple(self.clear), boot)
 

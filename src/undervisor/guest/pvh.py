@@ -24,14 +24,12 @@ NOTE_OWNER = b"Xen\0"
 PHYS32_ENTRY = 18
 """XEN_ELFNOTE_PHYS32_ENTRY: the physical address of a 32-bit entry point."""
 
-START_INFO = 0x9000
-GDT = 0x9040
-TABLES = 0x9080
+TABLES = 0x9000
+"""hvm_start_info, then a GDT, the memory map, the module list and the command lines."""
+GDT, MEMORY_MAP = 0x40, 0x80
 STACK = 0x9000
 START_MAGIC = 0x336EC578
-MODULE_BYTES = 32
-LOW_RAM = 0x80000
-"""The tables and command lines stay below; their sum is bounded by that."""
+MODULE_BYTES, RANGE_BYTES = 32, 24
 
 
 def recognise(data: bytes, name: str) -> Kernel | None:
@@ -51,37 +49,42 @@ def place(kernel: Kernel, machine: Machine) -> Placement:
     """The kernel, hvm_start_info and the modules in memory, and the registers."""
     builder = Builder(kernel.name, machine.memory)
     builder.load(kernel)
-    ranges = machine.memory.ranges
-    memory_map = b"".join(
-        struct.pack("<QQII", part.start, part.size, part.kind, 0) for part in ranges
-    )
     strings = [text(machine.append), *(text(module.cmdline) for module in machine.modules)]
-    modules_at = TABLES + len(memory_map)
+    modules_at = MEMORY_MAP + RANGE_BYTES * len(machine.memory.ranges)
     strings_at = modules_at + MODULE_BYTES * len(machine.modules)
-    if strings_at + total(strings) > LOW_RAM:
-        raise BadInput(f"{kernel.name}: {total(strings)} bytes of command lines are too many")
-    rows = []
+    at = builder.low_room(TABLES, strings_at + total(strings))
+    rows = b""
     for number, module in enumerate(machine.modules):
         gpa = builder.put_high(f"module {module.name}", module.data)
-        cmdline = strings_at + total(strings[: number + 1])
-        rows.append(struct.pack("<4Q", gpa, len(module.data), cmdline, 0))
-    start_info = struct.pack(
+        cmdline = at + strings_at + total(strings[: number + 1])
+        rows += struct.pack("<4Q", gpa, len(module.data), cmdline, 0)
+    head = _start_info(machine, at, modules_at, strings_at).ljust(GDT, b"\0") + flat_gdt()
+    tables = head.ljust(MEMORY_MAP, b"\0") + _memory_map(machine) + rows + b"".join(strings)
+    builder.put("boot information", at, tables)
+    gdt = (at + GDT, len(flat_gdt()) - 1)
+    return builder.done(BootState(BootMode.PROTECTED32, kernel.entry, ebx=at, esp=STACK, gdt=gdt))
+
+
+def _start_info(machine: Machine, at: int, modules_at: int, strings_at: int) -> bytes:
+    """`struct hvm_start_info` of version 1, for tables at the address `at`."""
+    count = len(machine.modules)
+    return struct.pack(
         "<4I4Q2I",
         START_MAGIC,
         1,
         0,
-        len(rows),
-        modules_at if rows else 0,
-        strings_at,
+        count,
+        at + modules_at if count else 0,
+        at + strings_at,
         machine.rsdp,
-        TABLES,
-        len(ranges),
+        at + MEMORY_MAP,
+        len(machine.memory.ranges),
         0,
     )
-    builder.put("boot information", START_INFO, start_info)
-    builder.put("boot information", GDT, flat_gdt())
-    builder.put("boot information", TABLES, memory_map + b"".join(rows) + b"".join(strings))
-    gdt = (GDT, len(flat_gdt()) - 1)
-    return builder.done(
-        BootState(BootMode.PROTECTED32, kernel.entry, ebx=START_INFO, esp=STACK, gdt=gdt)
+
+
+def _memory_map(machine: Machine) -> bytes:
+    """An `hvm_memmap_table_entry` for each range."""
+    return b"".join(
+        struct.pack("<QQII", part.start, part.size, part.kind, 0) for part in machine.memory.ranges
     )
