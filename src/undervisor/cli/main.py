@@ -18,6 +18,7 @@ VERBS: dict[str, str] = {
     "disable": "enable",
     "record": "record",
     "migrate": "migrate",
+    "exits": "exits",
 }
 
 
