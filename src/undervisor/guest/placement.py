@@ -145,7 +145,8 @@ class Builder:
             tops = [part.end, limit, *(start for start, _, _ in self.taken)]
             for top in sorted((t for t in tops if t <= min(part.end, limit)), reverse=True):
                 gpa = (top - size) & -PAGE
-                if gpa >= part.start and not self._occupied(gpa, gpa + size):
+                # The first page is the interrupt vectors' and the BIOS's.
+                if gpa >= max(part.start, PAGE) and not self._occupied(gpa, gpa + size):
                     return gpa
         raise BadInput(
             f"{self.name}: no room in RAM for {what} of {size:#x} bytes",
