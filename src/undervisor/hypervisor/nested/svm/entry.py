@@ -1,0 +1,184 @@
+"""VMRUN's work: host state away, vmcb12 merged into vmcb02, guest state loaded, event injected.
+
+APM 2 "VMRUN Instruction".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.svm.exits import ExitCode
+from undervisor.arch.svm.intercepts import Intercept
+from undervisor.arch.svm.vmcb import LbrControl, NestedControl
+from undervisor.arch.svm.vmcb import VmcbField as F
+from undervisor.arch.x86.events import EventType, Vector
+from undervisor.arch.x86.msr import Msr
+from undervisor.arch.x86.paging import sign_extend
+from undervisor.arch.x86.registers import (
+    DR6_FIXED_ONE,
+    DR7_FIXED_ONE,
+    RFLAGS_FIXED_ONE,
+    Cr0,
+    Efer,
+    Rflags,
+)
+from undervisor.hypervisor.nested.svm.exit import write_information
+from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
+from undervisor.silicon.processor import RESUME, SiliconVmcb
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.nested.svm.state import SvmState
+    from undervisor.hypervisor.vcpu import Vcpu
+
+_MASK64: Final = (1 << 64) - 1
+_SAVE, _SAVE_END = F.ES_SELECTOR, F.CR2 + 8
+_CONTROLS_END: Final = F.TSC_OFFSET
+_BASES: Final = tuple(
+    field >> 3 for field in (F.ES_BASE, F.CS_BASE, F.SS_BASE, F.DS_BASE, F.GDTR_BASE, F.IDTR_BASE)
+)
+_EVENT_VALID, _HAS_ERROR = 1 << 31, 1 << 11
+_DR6_WRITABLE: Final = 0xE00F
+_DR7_WRITABLE: Final = 0xFFFF_23FF
+_RFLAGS: Final = int(Rflags.DECLARED)
+_VIRTUAL_VMLOAD: Final = int(LbrControl.virtualized_vmload_vmsave_enable)
+_SOFTWARE: Final = (Vector.BP, Vector.OF)
+
+# Exceptions that can become a double fault while another is delivered: the silicon makes it one
+# without looking at the intercept of #DF, so that L0 must see them where L1 wants that.
+_CONTRIBUTORY: Final = sum(
+    1 << v for v in (Vector.DE, Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.PF)
+)
+_BREAKPOINTS: Final = 1 << Intercept.EXCP_BP | 1 << Intercept.EXCP_OF
+
+
+def enter(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict:
+    """Enter L2 from a VMCB that breaks no rule; `length` is VMRUN's."""
+    save_host(vcpu, svm, length)
+    svm.vmcb12 = vmcb12
+    _load_controls(vcpu, svm, vmcb12)
+    _load_guest(vcpu, svm, vmcb12)
+    svm.reason = "VMRUN"
+    action = _inject(vcpu, svm, vmcb12)
+    vcpu.attention = _something_waits(vcpu, svm)
+    return SWITCHED if action == RESUME else Switched(action)
+
+
+def fail(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict:
+    """VMEXIT_INVALID: the host goes on behind VMRUN with GIF clear."""
+    write_information(vmcb12, ExitCode.INVALID, 0, 0, 0)
+    state = vcpu.state
+    state.rip = _behind(vcpu, length)
+    state.end_interrupt_shadow()
+    state.dr7 = DR7_FIXED_ONE
+    vcpu.gif = False
+    vcpu.processor.request_window(False)
+    svm.reason = "#VMEXIT(INVALID)"
+    return SWITCHED
+
+
+def _behind(vcpu: Vcpu, length: int) -> int:
+    """The address of the instruction behind this one."""
+    state = vcpu.state
+    return state.q[16] + length & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
+
+
+def save_host(vcpu: Vcpu, svm: SvmState, length: int) -> None:
+    """What VMRUN puts into the host save area; ours is vmcb01."""
+    state = vcpu.state
+    state.q[16] = _behind(vcpu, length)
+    state.end_interrupt_shadow()
+    svm.host_interrupts = bool(state.q[17] & Rflags.if_)
+    vcpu.processor.save(vcpu.vmcb01)
+
+
+def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
+    controls = bytes(vmcb12.b[0:_CONTROLS_END])
+    if controls != svm.controls:
+        _merge_intercepts(vcpu, svm, vmcb12)
+        svm.controls = controls
+    q, d = vmcb12.q, vmcb12.d
+    vmcb02 = vcpu.vmcb02
+    svm.virtual, svm.vector = d[F.V_INTR_CONTROL >> 2], d[F.V_INTR_VECTOR >> 2] & 0xFF
+    svm.pauses_left = vmcb12.w[F.PAUSE_FILTER_COUNT >> 1]
+    svm.virtual_vmload = bool(q[F.LBR_CONTROL >> 3] & _VIRTUAL_VMLOAD)
+    svm.monitor_armed = False
+    vcpu.l2_tsc_offset = q[F.TSC_OFFSET >> 3]
+    svm.nested_paging = bool(q[F.NESTED_CONTROL >> 3] & NestedControl.np_enable)
+    if svm.nested_paging:
+        shadow = svm.shadows.select(
+            vcpu, q[F.N_CR3 >> 3], d[F.GUEST_ASID >> 2], vmcb12.b[F.TLB_CONTROL]
+        )
+        vmcb02.q[F.N_CR3 >> 3] = shadow.tables.root
+        svm.host_pat, vcpu.msrs[Msr.PAT] = vcpu.msrs[Msr.PAT], q[F.G_PAT >> 3]
+    else:
+        vmcb02.q[F.N_CR3 >> 3] = vcpu.machine.npt01.root
+
+
+def _merge_intercepts(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
+    """vmcb02 exits for whatever L1 or L0 wants to see."""
+    svm.wanted = wanted = int.from_bytes(vmcb12.b[0:24], "little")
+    svm.iopm = vmcb12.iopm_base_pa & ~0xFFF
+    svm.msrpm = vmcb12.msrpm_base_pa & ~0xFFF
+    merged = wanted | int.from_bytes(vcpu.vmcb01.b[0:24], "little")
+    if wanted & _BREAKPOINTS:
+        merged |= 1 << Intercept.INTN  # the silicon takes INT3 and INTO for INT n
+    if wanted >> Intercept.EXCP_DF & 1:
+        merged |= _CONTRIBUTORY << Intercept.EXCP_DE
+    if wanted >> Intercept.RDTSCP & 1:
+        merged |= 1 << Intercept.RDTSC
+    vmcb02 = vcpu.vmcb02
+    vmcb02.b[0:24] = merged.to_bytes(24, "little")
+    vmcb02.nested_control = 1
+    vmcb02.guest_asid = 1
+    vmcb02.msrpm_base_pa = vcpu.machine.all_msrs()
+
+
+def _load_guest(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
+    """Guest state as VMRUN loads it; what VMLOAD loads stays as it is."""
+    vmcb02 = vcpu.vmcb02
+    vmcb02.b[_SAVE:_SAVE_END] = vmcb12.b[_SAVE:_SAVE_END]
+    q = vmcb02.q
+    for field in _BASES:
+        if q[field] >> 47:
+            q[field] = sign_extend(q[field])
+    efer, cr0, rflags = q[F.EFER >> 3], q[F.CR0 >> 3], q[F.RFLAGS >> 3]
+    long_mode = efer & Efer.lme and cr0 & Cr0.pg
+    q[F.EFER >> 3] = efer | Efer.lma if long_mode else efer & ~Efer.lma
+    q[F.RFLAGS >> 3] = rflags & _RFLAGS | RFLAGS_FIXED_ONE
+    q[F.DR6 >> 3] = q[F.DR6 >> 3] & _DR6_WRITABLE | DR6_FIXED_ONE
+    q[F.DR7 >> 3] = q[F.DR7 >> 3] & _DR7_WRITABLE | DR7_FIXED_ONE
+    if not cr0 & Cr0.pe:
+        vmcb02.b[F.CPL] = 0
+    elif rflags & Rflags.vm:
+        vmcb02.b[F.CPL] = 3
+    q[F.INTERRUPT_SHADOW >> 3] = vmcb12.q[F.INTERRUPT_SHADOW >> 3] & 1
+    vcpu.in_l2, vcpu.vmcb, vcpu.gif = True, vmcb02, True
+    vcpu.load(vmcb02)
+
+
+def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:
+    """EVENTINJ. APM 2 "Event Injection"; the silicon's action."""
+    event = vmcb12.q[F.EVENTINJ >> 3]
+    if not event & _EVENT_VALID:
+        return RESUME
+    vector, kind, processor = event & 0xFF, event >> 8 & 7, vcpu.processor
+    if kind == EventType.EXTERNAL_INTERRUPT:
+        return processor.inject_interrupt(vector)
+    if kind == EventType.NMI:
+        return processor.inject_nmi()
+    if kind == EventType.EXCEPTION and vector not in _SOFTWARE:
+        return processor.inject_exception(vector, event >> 32 if event & _HAS_ERROR else None)
+    # What INT n, INT3 and INTO push is nRIP, where the processor has it.
+    rip, behind = vcpu.state.rip, vmcb12.q[F.NRIP >> 3]
+    length = behind - rip if behind and vcpu.has("nrip-save") else 0
+    return processor.inject_software(vector, length, kind)
+
+
+def _something_waits(vcpu: Vcpu, svm: SvmState) -> bool:
+    """Whether an event must be looked at before L2's first instruction."""
+    return bool(
+        svm.virtual & 0x100
+        or vcpu.nmi_pending
+        or vcpu.init_pending
+        or vcpu.lapic.pending() is not None
+    )

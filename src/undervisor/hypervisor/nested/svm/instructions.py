@@ -1,0 +1,125 @@
+"""SVM's instructions as L1 executes them. APM 3 "System Instructions".
+
+The silicon has checked EFER.SVME, CR0.PE and the privilege level before it exits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.svm.vmcb import VmcbField as F
+from undervisor.arch.x86.events import GP0, GuestFault
+from undervisor.arch.x86.paging import sign_extend
+from undervisor.hypervisor import decode
+from undervisor.hypervisor.nested.svm import entry
+from undervisor.hypervisor.verdict import ADVANCE, Verdict
+from undervisor.silicon.layout import Env
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.exit import Exit
+    from undervisor.hypervisor.nested.svm.state import SvmState
+    from undervisor.hypervisor.vcpu import Vcpu
+
+_PLAIN_LENGTH: Final = 3
+_ADDRESS_SIZE: Final = 0x67
+_OPCODE: Final = 0x0F
+_BASES: Final = (Env.FS, Env.GS, Env.LDTR, Env.TR)
+_EXTRA_BASES: Final = (F.FS_BASE, F.GS_BASE, F.LDTR_BASE, F.TR_BASE, F.KERNEL_GS_BASE)
+
+
+def vmrun(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """VMRUN rAX."""
+    # FAULTS
+    gpa, length = physical_operand(vcpu)
+    # CHECKS
+    vmcb12 = svm.at(gpa)
+    verdict = svm.checker(vcpu).check(vmcb12)
+    if verdict is not None:
+        svm.broken = verdict
+        return entry.fail(vcpu, svm, vmcb12, length)
+    # OPERATION, SUCCESS
+    return entry.enter(vcpu, svm, vmcb12, length)
+
+
+def vmload(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """VMLOAD rAX."""
+    # FAULTS
+    gpa, length = physical_operand(vcpu)
+    # OPERATION
+    load_extra(svm, vcpu, gpa)
+    # SUCCESS
+    return ADVANCE[length]
+
+
+def load_extra(svm: SvmState, vcpu: Vcpu, hpa: int) -> None:
+    """Load FS, GS, TR, LDTR and the MSRs from a VMCB; bases become canonical."""
+    vmcb = svm.at(hpa)
+    vcpu.processor.load_extra(vmcb)
+    q, state = vmcb.q, vcpu.state
+    for field, register in zip(_EXTRA_BASES, _BASES, strict=False):
+        if q[field >> 3] >> 47:
+            state.set_segment_base(register, sign_extend(q[field >> 3]))
+    if q[F.KERNEL_GS_BASE >> 3] >> 47:
+        state.kernel_gs_base = sign_extend(q[F.KERNEL_GS_BASE >> 3])
+
+
+def vmsave(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """VMSAVE rAX."""
+    # FAULTS
+    gpa, length = physical_operand(vcpu)
+    # OPERATION
+    vcpu.processor.save_extra(svm.at(gpa))
+    # SUCCESS
+    return ADVANCE[length]
+
+
+def stgi(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """STGI: whatever was held off is looked at now."""
+    # OPERATION
+    vcpu.gif = True
+    vcpu.attention = True
+    # SUCCESS
+    return ADVANCE[decode.length(vcpu)]
+
+
+def clgi(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """CLGI: interrupts, NMIs and INITs are held off."""
+    # OPERATION
+    vcpu.gif = False
+    vcpu.processor.request_window(False)
+    # SUCCESS
+    return ADVANCE[decode.length(vcpu)]
+
+
+def invlpga(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """INVLPGA rAX, ECX: the linear address in the address space ECX; 0 is the host's.
+
+    The silicon keeps no translation of L2 across a switch of worlds; what a shadow has of it
+    came from L1's nested tables, which the next entry compares.
+    """
+    # OPERATION
+    if vcpu.state.q[1] & 0xFFFF_FFFF:
+        svm.shadows.stale = True
+    else:
+        vcpu.processor.flush_page(vcpu.state.q[0])
+    # SUCCESS
+    return ADVANCE[decode.length(vcpu)]
+
+
+def physical_operand(vcpu: Vcpu) -> tuple[int, int]:
+    """The physical address in rAX and the instruction's length; #GP(0) where it is not allowed."""
+    length = decode.length(vcpu)
+    address = vcpu.state.q[0] & _address_mask(vcpu, length)
+    if address & 0xFFF or address >> vcpu.model.physical_width:
+        raise GuestFault(GP0)
+    return address, length
+
+
+def _address_mask(vcpu: Vcpu, length: int) -> int:
+    """The width of rAX is the address size of the instruction."""
+    bits = decode.bitness(vcpu)
+    if length != _PLAIN_LENGTH:
+        prefixes = decode.fetch(vcpu).split(bytes((_OPCODE,)))[0]
+        if _ADDRESS_SIZE in prefixes:
+            bits = 16 if bits == 32 else 32
+    return (1 << bits) - 1

@@ -1,0 +1,302 @@
+"""Nested paging: the shadow NPT02 that composes L1's NPT12 with ours, and its faults.
+
+APM 2 "Nested Paging".  A shadow is what the TLB is on hardware: it is filled at faults, and what
+L1 invalidates is looked at again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.svm.exits import ExitCode
+from undervisor.arch.svm.npt import (
+    NestedPageFault,
+    NestedWalk,
+    Purpose,
+    nested_rules,
+    nested_updates,
+    nested_walk,
+)
+from undervisor.arch.svm.vmcb import TlbControl
+from undervisor.arch.x86.paging import (
+    FETCH,
+    READ,
+    WRITE,
+    Entry,
+    PageFault,
+    PagingRules,
+    Translation,
+    paging_rules,
+    walk,
+)
+from undervisor.hypervisor import decode
+from undervisor.hypervisor.nested import GuestExit, accesses
+from undervisor.hypervisor.nested.svm.exit import leave
+from undervisor.hypervisor.nested_paging import (
+    NO_EXECUTE,
+    PRESENT,
+    USER,
+    WRITABLE,
+    NestedTables,
+)
+from undervisor.hypervisor.verdict import RESUME, Verdict
+from undervisor.silicon.memory import PAGE, PRIVATE_BASE, Memory
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.exit import Exit
+    from undervisor.hypervisor.nested.svm.state import SvmState
+    from undervisor.hypervisor.vcpu import Vcpu
+
+_ABSENT: Final = (1 << 64) - 1
+_SHADOWS: Final = 4
+_MOST_KNOWN: Final = 1 << 16
+# Up to so many tables of L1's are compared at each entry, more only where L1 asks for a flush.
+_CHEAP: Final = 32
+_SHIFTS: Final = (30, 21)
+_DEVICES: Final = (0xA0000, 0xC0000)
+
+
+class Shadow:
+    """The composition of one NPT12 with what is RAM.
+
+    `seen` are the tables of L1's that went into it, as they were; `known` are translations of
+    pages for L0's own accesses: host-physical page, and whether it may be written.
+    """
+
+    def __init__(self, memory: Memory, n_cr3: int, rules: PagingRules) -> None:
+        self._memory = memory
+        self.tables = NestedTables(memory)
+        self.n_cr3 = n_cr3
+        self.rules = rules
+        self.asid = -1
+        self.seen: dict[int, bytes] = {}
+        self.known: dict[int, tuple[int, bool]] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.tables.clear()
+        self.seen.clear()
+        self.known.clear()
+
+    def is_current(self) -> bool:
+        """Whether L1's tables still are what the shadow was made of."""
+        read = self._memory.read
+        return all(read(page, PAGE) == was for page, was in self.seen.items())
+
+    def walk(self, gpa: int, access: int, purpose: Purpose = Purpose.FINAL_ADDRESS) -> NestedWalk:
+        """Translate by L1's tables, set their A and D bits and remember what was looked at."""
+        found = nested_walk(self.rules, self.n_cr3, gpa, access, self._read, purpose)
+        if isinstance(found, Translation):
+            for address, value in nested_updates(found, access, purpose):
+                if self._memory.is_ram(address, 8):
+                    self._memory.set_u64(address, value)
+                    self.seen.pop(address & -PAGE, None)
+            self._remember(found)
+        return found
+
+    def _read(self, address: int) -> int:
+        """An entry of L1's; nobody but us can name our own frames."""
+        return _ABSENT if address >= PRIVATE_BASE else self._memory.u64(address)
+
+    def _remember(self, found: Translation) -> None:
+        root = self.n_cr3 & Entry.address
+        for page in (root, *(address & -PAGE for address, _ in found.steps)):
+            if page not in self.seen:
+                self.seen[page] = self._memory.read(page, PAGE)
+
+    def fill(self, gpa: int, found: Translation, *, write: bool) -> bool:
+        """Enter a translation; False where it leads to no memory that may be accessed so.
+
+        A page that is not dirty stays read-only, so that the first write is seen.
+        """
+        hpa, memory = found.gpa, self._memory
+        if not memory.is_ram(hpa) or _DEVICES[0] <= hpa < _DEVICES[1]:
+            return False
+        shift, read_only = 12, False
+        if hpa >= 0x100000:
+            shift = next((s for s in _SHIFTS if found.page_shift >= s and self._fits(hpa, s)), 12)
+        else:
+            read_only = hpa >= 0xC0000
+        dirty = write or found.steps[-1][1] & Entry.d
+        rights = PRESENT | USER | (0 if found.executable else NO_EXECUTE)
+        if found.writable and dirty and not read_only:
+            rights |= WRITABLE
+        size = 1 << shift
+        self.tables.map(gpa & -size, hpa & -size, shift, rights)
+        return not (write and read_only)
+
+    def _fits(self, hpa: int, shift: int) -> bool:
+        size = 1 << shift
+        start = hpa & -size
+        return start >= 0x100000 and self._memory.is_ram(start, size)
+
+
+class Shadows:
+    """The few shadows of a vCPU, the last used last.
+
+    `stale`: L1 has invalidated something, so that the next entry must look at L1's tables.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._all: dict[tuple[int, int, int], Shadow] = {}
+        self.current: Shadow | None = None
+        self.stale = True
+
+    def clear(self) -> None:
+        """Forget all translations: no frames are left but the roots."""
+        for shadow in self._all.values():
+            shadow.clear()
+
+    def select(self, vcpu: Vcpu, n_cr3: int, asid: int, tlb_control: int) -> Shadow:
+        """The shadow for an entry under L1's control registers as they are now."""
+        state = vcpu.state
+        key = (n_cr3, state.cr4, state.efer)
+        shadow = self._all.pop(key, None)
+        if shadow is None:
+            shadow = self._create(vcpu, n_cr3)
+        self._all[key] = shadow
+        asked = self.stale or tlb_control != TlbControl.DO_NOTHING or asid != shadow.asid
+        if (asked or len(shadow.seen) <= _CHEAP) and not shadow.is_current():
+            shadow.clear()
+        if self.stale:
+            self._drop_stale(shadow)
+        shadow.asid = asid
+        self.current = shadow
+        return shadow
+
+    def _create(self, vcpu: Vcpu, n_cr3: int) -> Shadow:
+        while len(self._all) >= _SHADOWS:
+            self._all.pop(next(iter(self._all))).tables.release()
+        model, state = vcpu.model, vcpu.state
+        rules = nested_rules(state.cr4, state.efer, model.physical_width, model.has("pdpe1gb"))
+        try:
+            return Shadow(self._memory, n_cr3, rules)
+        except MemoryError:
+            make_room(vcpu)
+            return Shadow(self._memory, n_cr3, rules)
+
+    def _drop_stale(self, current: Shadow) -> None:
+        """An invalidation meant the other shadows as well: they are looked at when next used."""
+        for shadow in self._all.values():
+            if shadow is not current:
+                shadow.asid = -1
+        self.stale = False
+
+
+def make_room(vcpu: Vcpu) -> None:
+    """No private frame is left: every shadow of the machine starts anew."""
+    for other in vcpu.machine.vcpus:
+        shadows: Shadows | None = getattr(other.nested, "shadows", None)
+        if shadows is not None:
+            shadows.clear()
+    vcpu.processor.flush()
+
+
+def fault(vcpu: Vcpu, svm: SvmState, exit: Exit) -> Verdict | None:
+    """A nested page fault of L2: L1's, or a page to be shadowed, or None: a device of L0's."""
+    if not svm.nested_paging:
+        return None
+    shadow = svm.shadows.current
+    assert shadow is not None, "L2 runs with nested paging"
+    gpa, access = exit.info2, exit.info1 & (WRITE | FETCH)
+    found = shadow.walk(gpa, access)
+    if isinstance(found, NestedPageFault):
+        purpose = _purpose(vcpu, svm, gpa) if access & WRITE else Purpose.FINAL_ADDRESS
+        info = found.exit_info1 & ~Purpose.FINAL_ADDRESS | purpose
+        return reflect_fault(vcpu, svm, NestedPageFault(info, gpa), exit.event)
+    try:
+        filled = shadow.fill(gpa, found, write=bool(access & WRITE))
+    except MemoryError:
+        make_room(vcpu)
+        filled = shadow.fill(gpa, found, write=bool(access & WRITE))
+    return RESUME if filled else None
+
+
+def reflect_fault(vcpu: Vcpu, svm: SvmState, found: NestedPageFault, event: int) -> Verdict:
+    """#VMEXIT(NPF)."""
+    data = b"" if found.exit_info1 & FETCH else instruction_bytes(vcpu, svm)
+    return leave(vcpu, svm, ExitCode.NPF, found.exit_info1, found.gpa, event=event, fetched=data)
+
+
+def to_hpa(vcpu: Vcpu, svm: SvmState, gpa: int, *, write: bool, tables: bool) -> int:
+    """Where L2's guest-physical address is, for an access by L0 on L2's behalf."""
+    if not svm.nested_paging:
+        return gpa
+    shadow = svm.shadows.current
+    assert shadow is not None, "L2 runs with nested paging"
+    page, write = gpa & -PAGE, write or tables
+    known = shadow.known.get(page)
+    if known is not None and (known[1] or not write):
+        return known[0] | gpa & (PAGE - 1)
+    purpose = Purpose.GUEST_TABLES if tables else Purpose.FINAL_ADDRESS
+    found = shadow.walk(gpa, WRITE if write else READ, purpose)
+    if isinstance(found, NestedPageFault):
+        raise GuestExit(reflect_fault(vcpu, svm, found, vcpu.exit.event))
+    if len(shadow.known) >= _MOST_KNOWN:
+        shadow.known.clear()
+    shadow.known[page] = (found.gpa & -PAGE, write)
+    return found.gpa
+
+
+# -- without side effects ----------------------------------------------------------------------
+
+
+def peek(
+    vcpu: Vcpu, svm: SvmState, gva: int, access: int, looked_at: list[int] | None = None
+) -> int | None:
+    """Where a linear address of L2 is, with no A or D bit set and no exit; None where nowhere.
+
+    `looked_at` collects the guest-physical addresses of the entries on the way.
+    """
+    state, shadow = vcpu.state, svm.shadows.current
+
+    def translate(gpa: int, purpose: Purpose) -> int | None:
+        if not svm.nested_paging or shadow is None:
+            return gpa
+        found = nested_walk(shadow.rules, shadow.n_cr3, gpa, READ, vcpu.memory.u64, purpose)
+        return found.gpa if isinstance(found, Translation) else None
+
+    def read(gpa: int) -> int:
+        if looked_at is not None:
+            looked_at.append(gpa)
+        hpa = translate(gpa, Purpose.GUEST_TABLES)
+        return 0 if hpa is None else vcpu.memory.u64(hpa)
+
+    rules = paging_rules(state.cr0, state.cr4, state.efer, vcpu.model.physical_width)
+    found = walk(rules, state.cr3, gva, access, read)
+    if isinstance(found, PageFault):
+        return None
+    return translate(found.gpa, Purpose.FINAL_ADDRESS)
+
+
+def instruction_bytes(vcpu: Vcpu, svm: SvmState) -> bytes:
+    """The 15 bytes at L2's instruction pointer, or those before a page that is not there."""
+    gva, data = vcpu.linear_rip(), b""
+    while len(data) < decode.MAX_LENGTH:
+        hpa = peek(vcpu, svm, gva, READ)
+        if hpa is None:
+            break
+        part = min(decode.MAX_LENGTH - len(data), PAGE - gva % PAGE)
+        data += vcpu.memory.read(hpa, part)
+        gva = gva + part & (1 << 64) - 1
+    return data
+
+
+def _purpose(vcpu: Vcpu, svm: SvmState, gpa: int) -> Purpose:
+    """Whether a write was the walk of L2's page tables or the access itself.
+
+    The silicon does not say; but walks are of the addresses that the instruction names.
+    """
+
+    def walks_over(gva: int) -> bool:
+        looked_at: list[int] = []
+        peek(vcpu, svm, gva, READ, looked_at)
+        return gpa in looked_at
+
+    rip = vcpu.linear_rip()
+    if walks_over(rip) or walks_over(rip + decode.MAX_LENGTH - 1):
+        return Purpose.GUEST_TABLES
+    code = instruction_bytes(vcpu, svm)
+    candidates = accesses.linear_addresses(vcpu, code)
+    return Purpose.GUEST_TABLES if any(map(walks_over, candidates)) else Purpose.FINAL_ADDRESS
