@@ -11,7 +11,8 @@ BASE = 0x100000
 # Sends eax, ebx and 64 KiB of low memory from 8000h, then `tail` bytes from `BASE`, over COM1.
 DUMP = """
 .code32
-header: .long 0x1badb002, 3, -(0x1badb002 + 3)
+header: .long 0x1badb002, FLAGS, -(0x1badb002 + FLAGS)
+    .long header, header, end, end + 0x1234, start  # heeded where bit 16 of FLAGS is set
 start:
     mov %eax, regs
     mov %ebx, regs + 4
@@ -43,15 +44,21 @@ send:
 regs: .quad 0
 .fill 256, 1, 0
 stack:
+end:
 """
 
 HALT = ".code32\nheader: .long 0x1badb002, 3, -(0x1badb002 + 3)\nstart: hlt; jmp start"
 
 
 def multiboot_elf(source=HALT, bss=0x100, bits=32, notes=b"", **symbols):
-    code = assemble(source, BASE, symbols)
+    code = assemble(source, BASE, {"FLAGS": 3} | symbols)
     segment = Segment(BASE, code.bytes, len(code) + bss)
     return write_elf([segment], code.labels["start"], notes, bits)
+
+
+def dump_flat(tail):
+    """`DUMP` as a flat file whose Multiboot header says where it belongs."""
+    return assemble(DUMP, BASE, {"FLAGS": 1 << 16 | 3, "tail": tail}).bytes + b"not loaded"
 
 
 def pvh_elf(bits=64, width=4, entry=BASE):

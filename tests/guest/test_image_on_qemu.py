@@ -5,7 +5,7 @@ import struct
 import subprocess
 
 import pytest
-from guest_images import BASE, DUMP, multiboot_elf
+from guest_images import BASE, DUMP, dump_flat, multiboot_elf
 
 from undervisor.arch.x86.boot import MemoryMap
 from undervisor.guest.image import Image, Module
@@ -68,8 +68,15 @@ class Found:
         return [(s, e, self.bytes(s, e - s), self.string(line), z) for s, e, line, z in rows]
 
 
-def test_a_guest_finds_the_same_as_on_qemu(tmp_path):
-    image = multiboot_elf(DUMP, bss=0x1234, tail=TAIL)
+IMAGES = {
+    "ELF": lambda: multiboot_elf(DUMP, bss=0x1234, tail=TAIL),
+    "flat": lambda: dump_flat(TAIL),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_guest_finds_the_same_as_on_qemu(tmp_path, kind):
+    image = IMAGES[kind]()
     modules = [Module("one.bin", b"first" * 1000), Module("two.bin", b"2", "with words")]
     theirs = Found(found_on_qemu(tmp_path, image, "test=1 verbose", modules))
     ours = Found(found_on_ours(image, "test=1 verbose", modules))
