@@ -32,7 +32,7 @@ static void use_cpuid(struct cpu *cpu)
 
 static void use_msrs(struct cpu *cpu)
 {
-    u64 value = 0x1000000000ULL + cpu->index, read = 0;
+    u64 value = 0x10000000 + cpu->index, read = 0; /* AMD keeps 32 bits */
 
     wrmsr(MSR_SYSENTER_EIP, value); /* intercepted: L1 keeps it */
     expect(cpu, rdmsr(MSR_SYSENTER_EIP) == value, "MSR: an intercepted write is read back");
