@@ -239,8 +239,39 @@ class TestOnQemu:
             on_qemu.together({1: batch}, timeout=1)
         assert vendor(on_qemu) == b"AuthenticAMD"
 
+    def test_every_routine_returns_or_faults(self, on_qemu):
+        batch = Batch()
+        answers = {
+            name: batch.call(name, {"rdi": FREE, "rax": FREE, "rsi": FREE})
+            for name in ROUTINES
+            if name not in FATAL
+        }
+        on_qemu.run(batch)
+        faults = {name for name, answer in answers.items() if answer.fault}
+        assert {"vmxon", "vmread", "vmlaunch_run", "invept", "vmrun", "stgi"} <= faults
+        assert not {"nothing", "cpuid", "rdmsr", "read_cr8", "peek64", "window"} & faults
+        assert vendor(on_qemu) == b"AuthenticAMD"
+
     def test_an_svm_l2_runs_and_exits_by_vmmcall(self, on_qemu):
         svm_l2(on_qemu)
+
+
+ROUTINES = sorted(label[3:] for label in program().code.labels if label.startswith("do_"))
+# What takes the machine, or the probe's own footing, away when it is called with zeros.
+FATAL = {
+    "wait",
+    "start_ap",
+    "send_ipi",
+    "apic_write",
+    "wrmsr",
+    "skinit",
+    "write_cr0",
+    "write_cr3",
+    "write_cr4",
+    "out8",
+    "out16",
+    "out32",
+}
 
 
 VMCB, HSAVE, L2 = FREE + 0x10000, FREE + 0x11000, FREE + 0x12000
