@@ -6,16 +6,20 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from undervisor.errors import ExitCode
+from undervisor.errors import BadInput, ExitCode
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host
+from undervisor.host.below import Below, guest_answer
+from undervisor.host.below import below as what_is_below
 from undervisor.host.checks.engine import Examination, Verdict, examine
-from undervisor.host.facts.machine import gather
+from undervisor.host.fact import value_or
+from undervisor.host.facts.machine import Machine, gather
+from undervisor.host.facts.software import Guest
 from undervisor.report.examination import one_line, print_examination
 
 HostOption = Annotated[str, typer.Option("--host", help="A machine over SSH: user@name.")]
@@ -50,22 +54,41 @@ def check(
     inside: Annotated[
         bool, typer.Option("--inside", help="One line for a CI job inside L1: is nesting usable?")
     ] = False,
+    below: Annotated[
+        str, typer.Option("--below", help="One line: is this below us? kvm, tcg, nothing, other.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Say which layer keeps nested KVM from working, with the evidence and the remedy.
 
     Exit code 0: nested KVM is usable and nothing failed. 1: it is not, or it is unknown.
+    With --below: 0 where that is what is below this machine, 1 otherwise.
     """
+    if below and below.upper() not in Below.__members__:
+        raise BadInput(f"{below!r} is nothing that can be below", hint="kvm, tcg, other, nothing")
     with machine(host, guest, recording, ssh_config) as opened:
-        examination = examine(gather(opened), with_security=security)
+        facts = gather(opened)
+    answer = what_is_below(facts)
+    examination = examine(facts, with_security=security)
     if as_json:
-        json.dump(examination.as_json(), sys.stdout, indent=2)
+        said = examination.as_json() | answer.as_json() | {"guests": _guests(facts)}
+        json.dump(said, sys.stdout, indent=2)
         print()
+    elif below:
+        print(f"{examination.machine} runs on {answer}")
     elif inside:
         print(one_line(examination))
     else:
         print_examination(Console(), examination)
+    if below:
+        raise typer.Exit(ExitCode.OK if answer.below.name == below.upper() else ExitCode.NEGATIVE)
     raise typer.Exit(exit_code(examination))
+
+
+def _guests(facts: Machine) -> list[dict[str, Any]]:
+    """What this machine's own running guests run on."""
+    guests: tuple[Guest, ...] = value_or(facts.software.guests, ())
+    return [{"name": g.name, "pid": g.pid} | guest_answer(g).as_json() for g in guests]
 
 
 def exit_code(examination: Examination) -> int:

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from undervisor.host.access.protocol import Cpuid, Host, Output, Timing
-from undervisor.host.fact import Absent, Fact, Known, value_or
+from undervisor.host.fact import Absent, Fact, Known, Unknown, then, value_or
 from undervisor.host.facts.kernel import Kernel
 from undervisor.host.facts.processor import Processor
 
@@ -83,6 +83,7 @@ class Place:
 
     `hypervisor`: what is directly below; absent on bare metal.  `evidence`: what told so.
     `container`, `wsl`, `confidential`, `cloud`: absent where it is none.
+    `kvm_features`: EAX of KVM's paravirtual feature leaf, absent where KVM is not below.
     """
 
     hypervisor: Fact[str]
@@ -93,6 +94,7 @@ class Place:
     confidential: Fact[str]
     cloud: Cloud | None
     timing: Fact[Timing]
+    kvm_features: Fact[int]
 
     @property
     def emulated(self) -> bool:
@@ -239,6 +241,17 @@ def _confidential(host: Host, kernel: Kernel, processor: Processor) -> Fact[str]
     return Absent("no sign of SEV or TDX")
 
 
+def _kvm_features(host: Host, hypervisor: Fact[str]) -> Fact[int]:
+    """KVM's feature leaf follows its signature leaf, which Hyper-V's leaves may push up."""
+    if value_or(hypervisor, "") != "KVM":
+        return Absent("KVM is not below")
+    for base in (0x40000000, 0x40000100):
+        leaf = host.cpuid(base)
+        if isinstance(leaf, Known) and signature(leaf.value) == "KVMKVMKVM":
+            return then(host.cpuid(base + 1), lambda registers: registers.eax)
+    return Unknown("CPUID", "KVM's leaves were not read", "run it on that machine, or as root")
+
+
 def place(host: Host, kernel: Kernel, processor: Processor) -> Place:
     """Find out where we are."""
     dmi = _dmi(host) if processor.x86 else {}
@@ -252,4 +265,5 @@ def place(host: Host, kernel: Kernel, processor: Processor) -> Place:
         confidential=_confidential(host, kernel, processor),
         cloud=_cloud(dmi),
         timing=host.timing(),
+        kvm_features=_kvm_features(host, hypervisor),
     )

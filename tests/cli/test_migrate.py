@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from undervisor.cli.main import main
+
+HOSTS = Path(__file__).parent.parent / "hosts"
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as end:
+        main(["migrate", *map(str, words)])
+    return end.value.code or 0
+
+
+def test_all_five_cases_are_judged(capsys):
+    run(HOSTS / "amd-stable-7.1.2", HOSTS / "amd-stable-7.1.2", "--json")
+    said = json.loads(capsys.readouterr().out)
+    assert [move["verdict"] for move in said] == ["safe if", "safe if", "safe", "safe", "safe"]
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "case", "code"),
+    [
+        ("amd-stable-7.1.2", "amd-stable-7.1.2", "l1-running", 0),
+        ("amd-stable-6.12.40", "amd-stable-6.12.40", "l1-running", 1),
+        ("amd-stable-6.12.40", "amd-stable-6.12.40", "l2-same-host", 0),
+        ("intel-bare-metal", "amd-bare-metal", "l2-bare-metal", 1),
+        ("intel-bare-metal", "intel-nested-off", "l1-configured", 1),
+    ],
+)
+def test_the_exit_code_is_the_verdict(source, destination, case, code, capsys):
+    assert run(HOSTS / source, HOSTS / destination, "--case", case) == code
+    assert "source: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["/no/such/a", "/no/such/b"], ["here", "here", "--case", "x"]])
+def test_bad_options_are_bad_input(words):
+    assert run(*words) == 2
