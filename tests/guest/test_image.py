@@ -1,3 +1,4 @@
+import itertools
 import random
 import struct
 import time
@@ -371,3 +372,25 @@ def test_a_thousand_corruptions_give_an_image_or_one_line():
     assert sum(outcomes.values()) == 1000
     assert min(outcomes.values()) >= 50, outcomes
     assert time.process_time() - begin < 10
+
+
+def test_no_two_parts_of_any_placement_overlap():
+    rng, placed = random.Random(5), 0
+    for _ in range(400):
+        base = rng.choice((0x1000, 0x9000, 0x100000, 0x200000, 0xE00000))
+        size = rng.randint(1, 0x8000)
+        kernel = Segment(base, multiboot_elf()[96:], max(size, 300))
+        data = write_elf([kernel], base + 12, note(b"Xen\0", 18, struct.pack("<I", base)))
+        if rng.random() < 0.5:
+            data = data.replace(struct.pack("<I", 0x1BADB002), bytes(4))
+        modules = [Module(str(n), bytes(rng.randint(0, 0x90000))) for n in range(rng.randint(0, 5))]
+        try:
+            where = Image.parse(data, "k").place(RAM, "x" * rng.randint(0, 5000), modules)
+        except BadInput:
+            continue
+        placed += 1
+        spans = [(gpa, gpa + len(part)) for gpa, part in where.pieces]
+        spans = sorted(spans + [(gpa, gpa + size) for gpa, size in where.clear])
+        assert all(RAM.is_ram(start, end) for start, end in spans)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert placed > 200

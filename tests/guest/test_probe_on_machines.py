@@ -1,5 +1,6 @@
 """The probe on real emulators: every way to start it, faults as values, L2s, other processors."""
 
+import random
 import struct
 
 import pytest
@@ -13,9 +14,10 @@ from undervisor.guest.elf_writer import note, write_elf
 from undervisor.guest.image import Image
 from undervisor.guest.placement import Segment
 from undervisor.guest.probe.answers import Fault, Refused, VmxOutcome
+from undervisor.guest.probe.batch import HEADER, Op
 from undervisor.guest.probe.client import Batch, Probe, ProbeSilent
 from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
-from undervisor.guest.probe.protocol import Frame, Kind
+from undervisor.guest.probe.protocol import Frame, Kind, Status
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
 from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
 
@@ -159,6 +161,19 @@ class TestOnQemu:
         for garbage in (b"hello\r\n", bytes(100), b"\x31\xab\x56\x7e" * 3, b"\xff" * 5000):
             on_qemu.stream.send(garbage)
             assert vendor(on_qemu) == b"AuthenticAMD"
+
+    def test_requests_without_sense_are_answered(self, on_qemu):
+        rng = random.Random(7)
+        unknown = [HEADER.pack(rng.randrange(7, 1 << 16), 0, 0) for _ in range(20)]
+        short = [HEADER.pack(op, 0, n) + bytes(n) for op in range(7) for n in range(4)]
+        lying = [HEADER.pack(Op.READ, 0, 1 << 31), HEADER.pack(Op.WRITE, 0, 9) + bytes(8)]
+        requests = [(b"".join(unknown), 20), (b"".join(short), 28), (bytes(3), 0), (b"", 0)]
+        requests += [(payload, 0) for payload in lying]
+        for payload, count in requests:
+            answers = on_qemu._ask(payload, 10)
+            statuses = [status for _, status, _ in HEADER.iter_unpack(answers)]
+            assert statuses == [Status.UNKNOWN] * count
+        assert vendor(on_qemu) == b"AuthenticAMD"
 
     def test_a_damaged_request_is_not_executed(self, on_qemu):
         batch = Batch()

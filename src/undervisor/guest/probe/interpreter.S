@@ -37,6 +37,9 @@ next_op:
     mov $STATUS_UNKNOWN, %eax
     cmp $((operations_end - operations) / 8), %ebx
     jae op_done
+    movzbl shortest(%rbx), %edx
+    cmp %edx, %ecx
+    jb op_done
     jmp *operations(,%rbx,8)
 
 finished:
@@ -275,3 +278,5 @@ parked:
 operations:
     .quad op_call, op_read, op_write, op_fill, op_copy, op_post, op_collect
 operations_end:
+shortest:                           # bytes of arguments that each needs
+    .byte 8, 16, 8, 24, 24, 4, 8
