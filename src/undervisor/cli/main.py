@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "record": "record",
     "migrate": "migrate",
     "exits": "exits",
+    "report": "report",
 }
 
 

@@ -11,6 +11,7 @@ from undervisor.host.access.recorder import RecordingHost
 from undervisor.host.checks.engine import examine
 from undervisor.host.facts.machine import gather
 from undervisor.host.migration.capabilities import vmx_msrs
+from undervisor.report.items import collect
 
 
 def record(
@@ -28,6 +29,7 @@ def record(
         recorder = RecordingHost(opened)
         facts = gather(recorder)
         vmx_msrs(recorder, facts)
+        collect(recorder, facts)
         examination = examine(facts, with_security=True)
         removed = recorder.write(folder, about)
     print(f"recorded {examination.machine} in {folder}: {examination.verdict.value}")
