@@ -18,6 +18,7 @@ from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, com
 from undervisor.hypervisor import events
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun
+from undervisor.hypervisor.devices.serial import Input
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.exits import EXITS
 from undervisor.hypervisor.models import CpuModel
@@ -54,6 +55,7 @@ EXIT_NS: Final = 1000
 SLICE_BLOCKS: Final = 20_000
 LONGEST_SLICE: Final = 2_000_000
 _FOREVER: Final = 1 << 62
+_EXITS_BETWEEN_LOOKS: Final = 1024  # at the host's clock
 
 ROM: Final = ((0xC0000, 0x100000),)
 
@@ -112,6 +114,8 @@ class Machine:
         cpus: int = 1,
         command_line: str = "",
         serial: Callable[[bytes], None] = lambda data: None,
+        source: Input | None = None,
+        console: Callable[[bytes], None] | None = None,
         tracer: Tracer = NO_TRACE,
         quirks: Iterable[str] = (),
     ) -> None:
@@ -127,9 +131,10 @@ class Machine:
         self._exits = 0
         self._skipped = 0
         self._slice_end = 0
-        self._wall_limit = _FOREVER * 1.0
+        self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
         self.step_blocks = 0
+        self.look_again = False
         self._random = random.Random(0)
         self.vcpus = [Vcpu(self, index) for index in range(cpus)]
         self.platform = Platform(
@@ -139,6 +144,8 @@ class Machine:
             memory_size,
             serial_sink=serial,
             on_end=self._guest_ended,
+            console_sink=console,
+            source=source,
             command_line=command_line,
             features=Features(
                 x2apic=model.has("x2apic"),
@@ -204,8 +211,7 @@ class Machine:
     def run(self, timeout: float | None = None) -> Outcome:
         """Run until the guest ends, dies, idles for ever, or `timeout` seconds have passed."""
         self._outcome = None
-        if timeout is not None:
-            self._wall_limit = time.monotonic() + timeout
+        self._wall_limit = time.monotonic() + (_FOREVER if timeout is None else timeout)
         self._slice_end = self.processor.blocks + SLICE_BLOCKS
         while self._outcome is None:
             self.processor.run(self._on_exit, self._budget())
@@ -224,6 +230,8 @@ class Machine:
     def _on_exit(self, code: int) -> int:
         """One #VMEXIT of the silicon; the action to go on with."""
         self._exits += 1
+        if not self._exits % _EXITS_BETWEEN_LOOKS:
+            self.check_wall_clock()
         vcpu = self.current
         exit = vcpu.exit
         exit.take(code)
@@ -286,15 +294,19 @@ class Machine:
 
     def _inject(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> int:
         """Deliver a fault, combined with the event in whose delivery it happened."""
-        if exit.event and exit.event >> 8 & 7 == EventType.EXCEPTION:
-            combined = combine(exit.event & 0xFF, fault)
-            if combined is None:
-                return self._apply(vcpu, exit, self._decide_shutdown(vcpu, exit))
-            fault = combined
-        if vcpu.in_l2:
+        if vcpu.in_l2:  # the second exception is looked at before it becomes a double fault
             reflected = vcpu.nested.reflect_fault(vcpu, exit, fault)
             if reflected is not None:
                 return self._apply(vcpu, exit, reflected)
+        if exit.event:
+            combined = combine(exit.event & 0xFF, fault, exit.event >> 8 & 7)
+            if combined is None:
+                return self._apply(vcpu, exit, self._decide_shutdown(vcpu, exit))
+            if vcpu.in_l2 and combined is not fault:
+                reflected = vcpu.nested.reflect_fault(vcpu, exit, combined)
+                if reflected is not None:
+                    return self._apply(vcpu, exit, reflected)
+            fault = combined
         return vcpu.inject(fault)
 
     def raise_trap(self, vcpu: Vcpu, fault: Fault) -> int:
@@ -321,6 +333,22 @@ class Machine:
         return processor.inject_software(
             vector, vcpu.state.next_rip - vcpu.state.rip, EventType(kind)
         )
+
+    def note(self, vcpu: Vcpu, verdict: Verdict) -> None:
+        """Tell the tracer of a world switch that no exit of the silicon caused."""
+        if self.tracer.wants:
+            self.tracer.after(vcpu, vcpu.exit, None, verdict)
+
+    def stop_with(self, verdict: Verdict) -> int:
+        """Carry out a verdict that ends the run; the silicon's action."""
+        assert isinstance(verdict, Stop)
+        self._outcome = verdict.outcome
+        return LEAVE
+
+    def step_instruction(self, vcpu: Vcpu) -> None:
+        """Leave the guest after one instruction: the silicon's trap flag, unseen by the guest."""
+        self.look_again = False
+        self.step_blocks = 1
 
     # -- scheduling ----------------------------------------------------------------------------
 
@@ -385,10 +413,8 @@ class Machine:
         waiting += [v.nested.deadline() for v in self.vcpus if v.in_l2]
         deadlines = [deadline for deadline in waiting if deadline is not None]
         if not deadlines:
-            self.platform.flush()
-            return self.wait_for_input()
-        if time.monotonic() > self._wall_limit:
-            self._outcome = _timed_out()
+            return self.platform.wait_for_input()
+        self.check_wall_clock()
         self._skipped += max(0, min(deadlines) - self.now())
         self.clock.run_due()
         return True
@@ -404,6 +430,9 @@ class Machine:
 
     def _budget(self) -> int:
         """Blocks until the loop must look again."""
+        if self.look_again:
+            self.look_again = False
+            return 0
         if self.step_blocks:
             blocks, self.step_blocks = self.step_blocks, 0
             return blocks
@@ -419,10 +448,6 @@ class Machine:
             limit = min(limit, (deadline - self.now()) // BLOCK_NS)
         return limit if limit > 0 else 0
 
-    def wait_for_input(self) -> bool:
-        """Every processor waits and no timer runs: whether input came from outside."""
-        return False
-
     def is_rom(self, gpa: int) -> bool:
         """Whether a guest-physical address is ROM."""
         return any(start <= gpa < end for start, end in ROM)
@@ -432,8 +457,8 @@ class Machine:
         return self._random.getrandbits(64)
 
     def check_wall_clock(self) -> None:
-        """At the end of each slice: has the run lasted too long?"""
-        if time.monotonic() > self._wall_limit:
+        """At the end of each slice, and every so many exits: has the run lasted too long?"""
+        if self._outcome is None and time.monotonic() > self._wall_limit:
             self._outcome = _timed_out()
 
 

@@ -16,6 +16,7 @@ from undervisor.arch.x86.paging import (
     USER,
     WRITE,
     PageFault,
+    PagingRules,
     accessed_dirty_updates,
     paging_rules,
     walk,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 IRET_MASK: Final = 1 << (Intercept.IRET - Intercept.INTR)
 _TRAP_FLAG: Final = 0x100
 _INTERRUPT_FLAG: Final = 0x200
+_ALIGNMENT_CHECK: Final = 0x40000
 _MASK64: Final = (1 << 64) - 1
 
 
@@ -96,6 +98,7 @@ class Vcpu:
         self.rules = machine.model.processor
         self.msr_specs = machine.model.msr_table
         self.is_amd = machine.model.vendor is Vendor.AMD
+        self._has_1g_pages = machine.model.has("pdpe1gb")
         self.parked: bytes | None = None
 
     # -- what devices tell it (InterruptSink) --------------------------------------------------
@@ -229,12 +232,34 @@ class Vcpu:
         """A quadword of the running world's guest-physical memory."""
         return self.memory.u64(self.nested.to_hpa(self, gpa, tables=True) if self.in_l2 else gpa)
 
-    def translate(self, gva: int, access: int = 0) -> int | Fault:
-        """The host-physical address of a linear address, or the page fault; sets A and D."""
+    def paging_rules(self) -> PagingRules:
+        """How the running world's control registers say that linear addresses are translated."""
         state = self.state
-        rules = paging_rules(state.cr0, state.cr4, state.efer, self.model.physical_width)
-        user = USER if state.cpl == 3 else 0
-        result = walk(rules, state.cr3, gva, access | user, self.read_gpa_u64)
+        return paging_rules(
+            state.cr0,
+            state.cr4,
+            state.efer,
+            self.model.physical_width,
+            page1gb=self._has_1g_pages,
+            amd=self.is_amd,
+        )
+
+    def translate(self, gva: int, access: int = 0, *, system: bool = False) -> int | Fault:
+        """The host-physical address of a linear address, or the page fault; sets A and D.
+
+        `system`: an implicit supervisor access, to a descriptor table or a TSS.
+        """
+        state = self.state
+        if not system and state.cpl == 3:
+            access |= USER
+        result = walk(
+            self.paging_rules(),
+            state.cr3,
+            gva,
+            access,
+            self.read_gpa_u64,
+            ac=not system and bool(state.q[17] & _ALIGNMENT_CHECK),
+        )
         if isinstance(result, PageFault):
             return result.fault()
         for entry, value in accessed_dirty_updates(result, access):
@@ -244,12 +269,14 @@ class Vcpu:
             return result.gpa
         return self.nested.to_hpa(self, result.gpa, write=bool(access & WRITE))
 
-    def read_gva(self, gva: int, size: int, access: int = 0) -> bytes | Fault:
+    def read_gva(
+        self, gva: int, size: int, access: int = 0, *, system: bool = False
+    ) -> bytes | Fault:
         """`size` bytes at a linear address, or the page fault."""
         data = b""
         while size:
             part = min(size, PAGE - gva % PAGE)
-            hpa = self.translate(gva, access)
+            hpa = self.translate(gva, access, system=system)
             if isinstance(hpa, Fault):
                 return hpa
             data += self.memory.read(hpa, part)
@@ -258,17 +285,17 @@ class Vcpu:
 
     def read_gva_system(self, gva: int, size: int) -> bytes:
         """An implicit supervisor access to a system table; GuestFault where it faults."""
-        data = self.read_gva(gva, size)
+        data = self.read_gva(gva, size, system=True)
         if isinstance(data, Fault):
             raise GuestFault(data)
         return data
 
-    def write_gva(self, gva: int, data: bytes) -> Fault | None:
+    def write_gva(self, gva: int, data: bytes, *, system: bool = False) -> Fault | None:
         """Write at a linear address; the page fault, with nothing written, where there is one."""
         pieces = []
         while data:
             part = min(len(data), PAGE - gva % PAGE)
-            hpa = self.translate(gva, WRITE)
+            hpa = self.translate(gva, WRITE, system=system)
             if isinstance(hpa, Fault):
                 return hpa
             pieces.append((hpa, data[:part]))
@@ -276,6 +303,10 @@ class Vcpu:
         for hpa, piece in pieces:
             self.memory.write(hpa, piece)
         return None
+
+    def write_gva_system(self, gva: int, data: bytes) -> Fault | None:
+        """An implicit supervisor write of a system table."""
+        return self.write_gva(gva, data, system=True)
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -333,6 +364,7 @@ class Vcpu:
         self.vmcb, self.in_l2 = self.vmcb01, False
         self._enter_l1()
         self.lapic.reset_by_init()
+        self.nested.reset(self)
         self.nmi_blocked = False
         self.activity = Activity.ACTIVE if self.index == 0 else Activity.WAIT_FOR_SIPI
 

@@ -23,6 +23,7 @@ from undervisor.silicon.layout import (
     SEGMENT_FLAGS,
     SEGMENT_LIMIT,
     SEGMENT_SELECTOR,
+    SEGMENT_SPARE,
     TLB_ADDEND,
     TLB_CODE,
     TLB_ENTRY_BITS,
@@ -38,6 +39,7 @@ EXIT_SYSENTER = 0x3F1
 EXIT_BUDGET = 0x3F2
 EXIT_IOIO = 0x7B
 EXIT_XSETBV = 0x8D
+EXIT_LTR = 0x6D
 
 # What VMRUN loads and #VMEXIT saves: VMCB offset, state offset, width in bits.
 _CONTROLS = (
@@ -88,9 +90,10 @@ _SYSENTER = (
 _EXTRA_SEGMENTS = (
     (V.FS_SELECTOR, Env.FS),
     (V.GS_SELECTOR, Env.GS),
-    (V.TR_SELECTOR, Env.TR),
     (V.LDTR_SELECTOR, Env.LDTR),
 )
+_TSS_AVAILABLE = 0x8100  # descriptor flags: present, type 1 (16 bits) or, with the next, 9
+_TSS_WIDTH = 0x0800
 _CONDITION_CODES = 0x8D5
 _DIRECTION = 0x400
 _CC_OP_EFLAGS = 1
@@ -168,6 +171,25 @@ class _Body:
         self.store("%vmcb", vmcb + 2, 16, self.narrow(self.both("or", low, high), 32, 16))
         self.store("%vmcb", vmcb + 4, 32, self.load("%env", env + SEGMENT_LIMIT, 32))
         self.store("%vmcb", vmcb + 8, 64, self.load("%env", env + SEGMENT_BASE, 64))
+
+    def load_task_register(self) -> None:
+        """TR: the emulator aborts the process over one that is no available TSS.
+
+        It gets a present one of the same width, as LTR would have cached it; the attributes that
+        the VMCB has, busy as a rule, are kept in the padding.
+        """
+        self.load_segment(V.TR_SELECTOR, Env.TR)
+        attributes = self.widen(self.load("%vmcb", V.TR_SELECTOR + 2, 16), 16, 32)
+        self.store("%env", Env.TR + SEGMENT_SPARE, 32, attributes)
+        flags = self.load("%env", Env.TR + SEGMENT_FLAGS, 32)
+        kept = self.both("and", flags, str(~0xFF00 | _TSS_WIDTH))
+        self.store("%env", Env.TR + SEGMENT_FLAGS, 32, self.both("or", kept, str(_TSS_AVAILABLE)))
+
+    def save_task_register(self) -> None:
+        """TR to the VMCB, with the attributes that it came with."""
+        self.save_segment(V.TR_SELECTOR, Env.TR)
+        attributes = self.load("%env", Env.TR + SEGMENT_SPARE, 32)
+        self.store("%vmcb", V.TR_SELECTOR + 2, 16, self.narrow(attributes, 32, 16))
 
     def load_rflags(self) -> None:
         """RFLAGS from the VMCB: the emulator keeps the condition codes and DF apart."""
@@ -256,6 +278,7 @@ def _load_extra(name: str, moves: tuple[tuple[int, int, int], ...]) -> str:
     body.move("%vmcb", "%env", moves, to_state=True)
     for vmcb, env in _EXTRA_SEGMENTS:
         body.load_segment(vmcb, env)
+    body.load_task_register()
     return body.function(f"@{name}(ptr %env, ptr %vmcb)")
 
 
@@ -264,6 +287,7 @@ def _save_extra(name: str, moves: tuple[tuple[int, int, int], ...]) -> str:
     body.move("%env", "%vmcb", moves, to_state=False)
     for vmcb, env in _EXTRA_SEGMENTS:
         body.save_segment(vmcb, env)
+    body.save_task_register()
     return body.function(f"@{name}(ptr %env, ptr %vmcb)")
 
 
@@ -287,16 +311,29 @@ declare ptr @llvm.returnaddress(i32)
 @env = global ptr null
 @budget = global i64 0
 @blocks = global i64 0
+@kicked = global i64 0
 
 ; Every exception and every #VMEXIT comes here from the emulator's main loop.
 define void @on_interrupt(ptr %uc, i32 %number, ptr %user) {{
   %cpu = load ptr, ptr @cpu
   %env = load ptr, ptr @env
   %is_exception = icmp ult i32 %number, 256
-  br i1 %is_exception, label %deliver, label %exit
+  br i1 %is_exception, label %native, label %exit
+
+; A delivery counts like a block: an exception whose handler cannot be fetched may never end.
+native:
+  call void @do_interrupt(ptr %cpu)
+  call void @delivered(ptr %env)
+  %more = call i1 @count()
+  br i1 %more, label %done, label %spent
 exit:
+  %real = sub i32 %number, 256
+  br label %leave
+spent:
+  br label %leave
+leave:
+  %code = phi i32 [ %real, %exit ], [ {EXIT_BUDGET}, %spent ]
   call void @fetch(ptr %env)
-  %code = sub i32 %number, 256
   %action = call i32 @on_exit(i32 %code)
   switch i32 %action, label %done [ i32 {ACTION_STOP}, label %stop
                                     i32 {ACTION_DELIVER}, label %deliver
@@ -308,18 +345,41 @@ hardware:
   %where = getelementptr i8, ptr %cpu, i64 {CPU_EXCEPTION_INDEX}
   %vector = load i32, ptr %where
   call void @do_hardware_interrupt(ptr %env, i32 %vector, i32 1)
-  br label %delivered
+  call void @delivered(ptr %env)
+  br label %done
 deliver:
   call void @do_interrupt(ptr %cpu)
-  br label %delivered
-delivered:
+  call void @delivered(ptr %env)
+  br label %done
+done:
+  ret void
+}}
+
+define void @delivered(ptr %env) {{
   %is_int = getelementptr i8, ptr %env, i64 {Env.EXCEPTION_IS_INT.value}
   store i32 0, ptr %is_int
   %old = getelementptr i8, ptr %env, i64 {Env.OLD_EXCEPTION.value}
   store i32 -1, ptr %old
-  br label %done
-done:
   ret void
+}}
+
+; Count a block; whether the guest may go on.
+define i1 @count() alwaysinline {{
+  %count = load i64, ptr @blocks
+  %next = add i64 %count, 1
+  store i64 %next, ptr @blocks
+  %left = load i64, ptr @budget
+  %less = sub i64 %left, 1
+  store i64 %less, ptr @budget
+  %kick = load i64, ptr @kicked
+  %both = or i64 %less, %kick
+  %more = icmp sge i64 %both, 0
+  br i1 %more, label %go, label %stop
+go:
+  ret i1 true
+stop:
+  store i64 0, ptr @kicked
+  ret i1 false
 }}
 
 ; Where the nested page walk would drop PAGE_EXEC through a null pointer: a walk of the guest's
@@ -401,14 +461,8 @@ none:
 
 ; Every block of guest code comes here first: the clock, and the end of the slice.
 define void @on_block(ptr %uc, i64 %address, i32 %size, ptr %user) {{
-  %count = load i64, ptr @blocks
-  %next = add i64 %count, 1
-  store i64 %next, ptr @blocks
-  %left = load i64, ptr @budget
-  %less = sub i64 %left, 1
-  store i64 %less, ptr @budget
-  %spent = icmp slt i64 %less, 0
-  br i1 %spent, label %exit, label %go
+  %more = call i1 @count()
+  br i1 %more, label %go, label %exit
 go:
   ret void
 exit:
@@ -459,6 +513,7 @@ REDIRECTED = {
     "syscall": (", i32 %length", EXIT_SYSCALL, _NO_INFORMATION),
     "sysenter": (", i32 %length", EXIT_SYSENTER, _NO_INFORMATION),
     "xsetbv": (", i32 %number, i64 %data", EXIT_XSETBV, _NO_INFORMATION),
+    "ltr": (", i32 %selector", EXIT_LTR, "  %information = zext i32 %selector to i64"),
 }
 
 

@@ -5,6 +5,7 @@ They are checked at start-up by writing through the public interface and looking
 
 from __future__ import annotations
 
+import ctypes
 from enum import IntEnum
 
 import unicorn.x86_const as public
@@ -78,8 +79,15 @@ class Env(IntEnum):
     V_TPR = 5556
 
 
+# Words of CPUID beyond the parked state: what the translator takes an instruction for.
+FEATURES_1_ECX = 5640
+FEATURES_7_EBX = 5648
+_RDRAND = 1 << 30
+_EXPECTED_FEATURES = ((FEATURES_1_ECX, 0xC6D8_220B), (FEATURES_7_EBX, 0x0098_0189))
+
 # A cached segment register: its parts' offsets from `Env.ES` and so on.
 SEGMENT_SELECTOR = 0
+SEGMENT_SPARE = 4  # padding that the emulator never touches
 SEGMENT_BASE = 8
 SEGMENT_LIMIT = 16
 SEGMENT_FLAGS = 20
@@ -119,6 +127,8 @@ NESTED_PAGING_LONG_NX = 0b111  # PAE, long mode, no-execute
 
 INTERRUPT_VIRTUAL = 0x100
 
+_REINSTALL = "the layout is that of the unicorn 2.1.4 wheel for Linux x86_64; reinstall it"
+
 _PROBES = (
     # public register, offset, a value that only it would hold
     (public.UC_X86_REG_RAX, Env.REGS, 0x1111_2222_3333_0001),
@@ -152,11 +162,28 @@ def verify(engine: Uc, state: memoryview) -> None:
     _expect(state, Env.GDTR + SEGMENT_BASE, 0x1234_5000)
 
 
+def hide_random_numbers(env: int) -> None:
+    """Let RDRAND and RDSEED raise #UD: the host's own randomness would make each run another.
+
+    The translator asks for one feature bit for both.  SiliconDied where the words of features are
+    not those of the processor that we chose.
+    """
+    for offset, expected in _EXPECTED_FEATURES:
+        found = ctypes.c_uint64.from_address(env + offset).value
+        if found != expected:
+            raise SiliconDied(
+                f"the processor's features are not where they should be: offset {offset} holds "
+                f"{found:#x}, not {expected:#x}",
+                hint=_REINSTALL,
+            )
+    ctypes.c_uint64.from_address(env + FEATURES_1_ECX).value &= ~_RDRAND
+
+
 def _expect(state: memoryview, offset: int, value: int) -> None:
     found = int.from_bytes(state[offset : offset + 8], "little")
     if found != value:
         raise SiliconDied(
             f"the processor's state is not where it should be: offset {offset} holds {found:#x}, "
             f"not {value:#x}",
-            hint="the layout is that of the unicorn 2.1.4 wheel for Linux x86_64; reinstall it",
+            hint=_REINSTALL,
         )

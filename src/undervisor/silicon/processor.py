@@ -36,6 +36,7 @@ OnExit = Callable[[int], int]
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
 _NO_LIMIT = 1 << 62
+_KICK = -(1 << 63)  # makes what is left of any budget negative
 _EVENT_VALID = 1 << 31
 _TYPE_EXTERNAL, _TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFTWARE = 0, 2, 3, 4
 
@@ -68,6 +69,7 @@ class Processor:
         self.state = State(self._handle)
         self._cpu, self._env = self.state.cpu, self.state.env
         layout.verify(self.engine, self.state.bytes)
+        layout.hide_random_numbers(self._env)
         self._error: BaseException | None = None
         self._on_exit: OnExit = lambda code: STOP
         self._callback = _CALLBACK(self._leave)
@@ -104,6 +106,7 @@ class Processor:
         variable("env", self.state.env)
         self._budget = variable("budget", _NO_LIMIT)
         self._blocks = variable("blocks", 0)
+        self._kicked = variable("kicked", 0)
         resume, fault = fixes.walk_addresses()
         variable("walk_resume", resume)
         variable("walk_fault", fault)
@@ -184,7 +187,7 @@ class Processor:
 
     def kick(self) -> None:
         """From any thread: a budget exit at the next block."""
-        self._budget.value = 0
+        self._kicked.value = _KICK
 
     # -- state --------------------------------------------------------------------------------
 

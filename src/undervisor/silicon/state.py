@@ -15,6 +15,7 @@ from undervisor.silicon.layout import (
     SEGMENT_FLAGS,
     SEGMENT_LIMIT,
     SEGMENT_SELECTOR,
+    SEGMENT_SPARE,
     STATE_SIZE,
     Env,
     Hflags,
@@ -105,6 +106,12 @@ class State:
         self.d[Env.DF // 4] = 0xFFFF_FFFF if value & 0x400 else 1
         self.q[Env.RFLAGS // 8] = value & ~0xCD5 & _MASK64 | 2
 
+    def set_status(self, flags: int) -> None:
+        """Replace the six status flags by `flags`."""
+        self.q[Env.CC_SRC // 8] = flags
+        self.q[Env.CC_DST // 8] = 0
+        self.d[Env.CC_OP // 4] = 1
+
     @property
     def cpl(self) -> int:
         """The current privilege level."""
@@ -122,9 +129,12 @@ class State:
     def segment(self, offset: Env) -> tuple[int, int, int, int]:
         """`(selector, attributes in VMCB form, limit, base)` of a segment register."""
         flags = self.d[(offset + SEGMENT_FLAGS) // 4]
+        attributes = flags >> 8 & 0xFF | flags >> 12 & 0xF00
+        if offset is Env.TR:
+            attributes = self.d[(offset + SEGMENT_SPARE) // 4]
         return (
             self.d[(offset + SEGMENT_SELECTOR) // 4],
-            flags >> 8 & 0xFF | flags >> 12 & 0xF00,
+            attributes,
             self.d[(offset + SEGMENT_LIMIT) // 4],
             self.q[(offset + SEGMENT_BASE) // 8],
         )

@@ -22,6 +22,7 @@ from undervisor.hypervisor.exits import (
     msr,
     syscall,
     system,
+    task_register,
     timestamp,
     windows,
 )
@@ -64,6 +65,7 @@ EXITS: Final[dict[int, Handler]] = {
     ExitCode.INVD: system.nothing,
     ExitCode.XSETBV: system.xsetbv,
     ExitCode.ICEBP: system.icebp,
+    ExitCode.TR_WRITE: task_register.ltr,
     ExitCode.VINTR: windows.interrupt_window,
     ExitCode.IRET: windows.iret,
     ExitCode.VMMCALL: system.undefined,

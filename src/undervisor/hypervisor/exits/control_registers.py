@@ -24,6 +24,7 @@ from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.vcpu import Vcpu
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
 
+_SMSW = (Code.SMSW_RM16, Code.SMSW_R32M16, Code.SMSW_R64M16)
 _LMSW = (Code.LMSW_RM16, Code.LMSW_R32M16, Code.LMSW_R64M16)
 
 
@@ -51,7 +52,12 @@ def read(vcpu: Vcpu, exit: Exit) -> Verdict:
     value = (
         vcpu.lapic.cr8 if number == 8 else (state.cr0, 0, state.cr2, state.cr3, state.cr4)[number]
     )
-    if decoded.code in (Code.SMSW_RM16, Code.SMSW_R32M16, Code.SMSW_R64M16):
+    return store(vcpu, decoded, value)
+
+
+def store(vcpu: Vcpu, decoded: decode.Instruction, value: int) -> Verdict:
+    """Complete MOV from a control register, or SMSW, with `value`."""
+    if decoded.code in _SMSW:
         return _store_machine_status(vcpu, decoded, value)
     decode.write_register(vcpu, decoded.op0_register, value)
     return ADVANCE[decoded.len]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.x86.events import GP0, Fault, GuestFault
-from undervisor.arch.x86.msr import Msr
+from undervisor.arch.x86.msr import Msr, unlock_svm
 from undervisor.arch.x86.registers import legalize_efer
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
@@ -72,11 +72,13 @@ def write(vcpu: Vcpu, number: int, value: int) -> Fault | None:
     spec = vcpu.msr_specs.get(number)
     if spec is None:
         return GP0
-    old = read(vcpu, number) if spec.readable else 0
+    old = read(vcpu, number) if spec.readable else vcpu.msrs.get(number, 0)
     assert isinstance(old, int), "an MSR that can be read was read"
     legal = spec.legalize(old, value, vcpu.rules, vcpu.all_msrs())
     if isinstance(legal, Fault):
         return legal
+    if number == Msr.SVM_LOCK_KEY:
+        vcpu.msrs[Msr.VM_CR] = unlock_svm(vcpu.msrs[Msr.VM_CR], old, value)
     return store(vcpu, number, legal)
 
 
