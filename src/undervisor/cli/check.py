@@ -54,6 +54,9 @@ def check(
     inside: Annotated[
         bool, typer.Option("--inside", help="One line for a CI job inside L1: is nesting usable?")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Also open /dev/kvm and ask it; no guest is run.")
+    ] = False,
     below: Annotated[
         str, typer.Option("--below", help="One line: is this below us? kvm, tcg, nothing, other.")
     ] = "",
@@ -68,8 +71,9 @@ def check(
         raise BadInput(f"{below!r} is nothing that can be below", hint="kvm, tcg, other, nothing")
     with machine(host, guest, recording, ssh_config) as opened:
         facts = gather(opened)
+        offer = opened.kvm() if live else None
     answer = what_is_below(facts)
-    examination = examine(facts, with_security=security)
+    examination = examine(facts, with_security=security, offer=offer)
     if as_json:
         said = examination.as_json() | answer.as_json() | {"guests": _guests(facts)}
         json.dump(said, sys.stdout, indent=2)

@@ -19,6 +19,7 @@ def record(
     host: HostOption = "",
     guest: GuestOption = "",
     ssh_config: SshConfigOption = "",
+    live: Annotated[bool, typer.Option("--live", help="Also open /dev/kvm and ask it.")] = False,
     about: Annotated[str, typer.Option(help="A sentence about the machine.")] = "",
 ) -> None:
     """Record a machine: `undervisor check --recording FOLDER` then sees it as it is now.
@@ -30,6 +31,8 @@ def record(
         facts = gather(recorder)
         vmx_msrs(recorder, facts)
         collect(recorder, facts)
+        if live:
+            recorder.kvm()
         examination = examine(facts, with_security=True)
         removed = recorder.write(folder, about)
     print(f"recorded {examination.machine} in {folder}: {examination.verdict.value}")

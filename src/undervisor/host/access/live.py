@@ -17,6 +17,7 @@ from undervisor.host.access.protocol import (
     TEXT_LIMIT,
     Cpuid,
     Host,
+    KvmOffer,
     Output,
     Stat,
     Timing,
@@ -114,6 +115,14 @@ class LiveHost(Host):
         from undervisor.host.access import native
 
         return native.timing()
+
+    def kvm(self) -> Fact[KvmOffer]:
+        """Ask the device here."""
+        if not self.live:
+            return Unknown("/dev/kvm", "a folder runs no guests")
+        from undervisor.host.access import kvm_device
+
+        return kvm_device.ask()
 
     def close(self) -> None:
         """Nothing to let go of."""

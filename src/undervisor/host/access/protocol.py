@@ -65,6 +65,17 @@ class Timing:
     plain_ticks: int
 
 
+@dataclass(frozen=True, slots=True)
+class KvmOffer:
+    """What KVM's device answers: KVM_GET_API_VERSION, KVM_CAP_NESTED_STATE (bytes), and whether
+    KVM_GET_SUPPORTED_CPUID holds VMX or SVM."""
+
+    api_version: int
+    nested_state: int
+    vmx: bool
+    svm: bool
+
+
 class Host(Protocol):
     """A machine to look at; nothing here changes it.
 
@@ -108,6 +119,10 @@ class Host(Protocol):
 
     def timing(self) -> Fact[Timing]:
         """What an exiting instruction costs against a plain one."""
+        ...
+
+    def kvm(self) -> Fact[KvmOffer]:
+        """Open KVM's device and ask what it offers; makes no guest."""
         ...
 
     def close(self) -> None:

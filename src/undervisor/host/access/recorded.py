@@ -28,6 +28,7 @@ from undervisor.host.access.protocol import (
     TEXT_LIMIT,
     Cpuid,
     Host,
+    KvmOffer,
     Output,
     Stat,
     Timing,
@@ -53,6 +54,7 @@ _SHAPES: dict[str, type] = {
     "commands": list,
     "user": dict,
     "timing": dict,
+    "kvm": dict,
     "removed": dict,
     "about": str,
     "recorded": str,
@@ -195,6 +197,20 @@ class RecordedHost(Host):
             return Known(Timing(int(said["cpuid_ticks"]), int(said["plain_ticks"])), "recorded")
         except (KeyError, TypeError, ValueError):
             return Unknown("timing", "not recorded")
+
+    def kvm(self) -> Fact[KvmOffer]:
+        """The recorded answer."""
+        said = self._said.get("kvm")
+        if said is None:
+            return Unknown("/dev/kvm", "not recorded", "record with --live")
+        try:
+            numbers = [said["api_version"], said["nested_state"]]
+            flags = [said["vmx"], said["svm"]]
+            if not all(type(n) is int for n in numbers) or not all(type(f) is bool for f in flags):
+                raise ValueError("values of the wrong type")
+            return Known(KvmOffer(*numbers, *flags), "recorded")
+        except (KeyError, ValueError) as error:
+            return Unknown("/dev/kvm", f"recorded wrongly: {error}")
 
     def close(self) -> None:
         """Let go of the folder."""

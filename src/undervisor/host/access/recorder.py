@@ -6,6 +6,7 @@ what the checks looked at, and they see the same machine again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from undervisor.host.access.protocol import (
     TEXT_LIMIT,
     Cpuid,
     Host,
+    KvmOffer,
     Output,
     Stat,
     Timing,
@@ -142,6 +144,13 @@ class RecordingHost(Host):
                 "cpuid_ticks": value.cpuid_ticks,
                 "plain_ticks": value.plain_ticks,
             }
+        return fact
+
+    def kvm(self) -> Fact[KvmOffer]:
+        """Ask and keep."""
+        fact = self._host.kvm()
+        if isinstance(fact, Known):
+            self._said["kvm"] = dataclasses.asdict(fact.value)
         return fact
 
     def close(self) -> None:

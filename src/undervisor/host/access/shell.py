@@ -18,6 +18,7 @@ from undervisor.host.access.protocol import (
     TEXT_LIMIT,
     Cpuid,
     Host,
+    KvmOffer,
     Output,
     Stat,
     Timing,
@@ -123,6 +124,10 @@ class ShellHost(Host):
     def timing(self) -> Fact[Timing]:
         """Can't be measured through a shell."""
         return Unknown("timing", "a shell measures no ticks", "run undervisor on that machine")
+
+    def kvm(self) -> Fact[KvmOffer]:
+        """Can't be asked through a shell."""
+        return Unknown("/dev/kvm", "a shell makes no ioctl", "run undervisor on that machine")
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from undervisor.host.access.protocol import KvmOffer
 from undervisor.host.checks import (
     device,
     firmware,
     kernel,
+    live,
     place,
     processor,
     security,
@@ -18,6 +20,7 @@ from undervisor.host.checks import (
     zsystem,
 )
 from undervisor.host.checks.finding import Finding, Layer, Level
+from undervisor.host.fact import Fact
 from undervisor.host.facts.machine import Machine
 
 Check = Callable[[Machine], Iterator[Finding]]
@@ -69,10 +72,14 @@ class Examination:
         }
 
 
-def examine(machine: Machine, *, with_security: bool = False) -> Examination:
-    """Every finding on `machine`."""
+def examine(
+    machine: Machine, *, with_security: bool = False, offer: Fact[KvmOffer] | None = None
+) -> Examination:
+    """Every finding on `machine`; with `offer`, what KVM itself answered counts too."""
     checks = (*CHECKS, security.check) if with_security else CHECKS
     found = [finding for check in checks for finding in check(machine)]
+    if offer is not None:
+        found += live.check(machine, offer)
     found.sort(key=lambda finding: finding.kind.layer)
     nesting = [f for f in found if f.kind.layer is not Layer.SECURITY]
     failures = [f for f in nesting if f.kind.level is Level.FAIL]
