@@ -24,6 +24,7 @@ from undervisor.arch.x86.registers import (
 )
 from undervisor.hypervisor.nested.svm.exit import write_information
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
+from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import RESUME, SiliconVmcb
 
 if TYPE_CHECKING:
@@ -31,15 +32,26 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _MASK64: Final = (1 << 64) - 1
-_SAVE, _SAVE_END = F.ES_SELECTOR, F.CR2 + 8
-_CONTROLS_END: Final = F.TSC_OFFSET
+# This is the path of every entry: plain numbers, computed once, in place of the enumerations.
+_SAVE, _SAVE_END, _CONTROLS_END = int(F.ES_SELECTOR), F.CR2 + 8, int(F.TSC_OFFSET)
+_VIRTUAL, _VECTOR, _ASID = F.V_INTR_CONTROL >> 2, F.V_INTR_VECTOR >> 2, F.GUEST_ASID >> 2
+_PAUSES, _TLB_CONTROL, _CPL = F.PAUSE_FILTER_COUNT >> 1, int(F.TLB_CONTROL), int(F.CPL)
+_TSC_OFFSET, _NESTED, _N_CR3 = F.TSC_OFFSET >> 3, F.NESTED_CONTROL >> 3, F.N_CR3 >> 3
+_LBR, _G_PAT, _SHADOW = F.LBR_CONTROL >> 3, F.G_PAT >> 3, F.INTERRUPT_SHADOW >> 3
+_EFER, _CR0, _RFLAGS = F.EFER >> 3, F.CR0 >> 3, F.RFLAGS >> 3
+_DR6, _DR7, _EVENTINJ, _NRIP = F.DR6 >> 3, F.DR7 >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
+_LME, _LMA, _PE, _PG = int(Efer.lme), int(Efer.lma), int(Cr0.pe), int(Cr0.pg)
+_VM, _IF, _NP_ENABLE = int(Rflags.vm), int(Rflags.if_), int(NestedControl.np_enable)
+_PAT: Final = int(Msr.PAT)
+_DR6_ONES, _DR7_ONES = int(DR6_FIXED_ONE), int(DR7_FIXED_ONE)
+_RIP_NOW, _RFLAGS_NOW = Env.RIP >> 3, Env.RFLAGS >> 3
 _BASES: Final = tuple(
     field >> 3 for field in (F.ES_BASE, F.CS_BASE, F.SS_BASE, F.DS_BASE, F.GDTR_BASE, F.IDTR_BASE)
 )
 _EVENT_VALID, _HAS_ERROR = 1 << 31, 1 << 11
 _DR6_WRITABLE: Final = 0xE00F
 _DR7_WRITABLE: Final = 0xFFFF_23FF
-_RFLAGS: Final = int(Rflags.DECLARED)
+_RFLAGS_DEFINED: Final = int(Rflags.DECLARED)
 _VIRTUAL_VMLOAD: Final = int(LbrControl.virtualized_vmload_vmsave_enable)
 _SOFTWARE: Final = (Vector.BP, Vector.OF)
 
@@ -79,15 +91,16 @@ def fail(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict
 def _behind(vcpu: Vcpu, length: int) -> int:
     """The address of the instruction behind this one."""
     state = vcpu.state
-    return state.q[16] + length & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
+    return state.q[_RIP_NOW] + length & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
 
 
 def save_host(vcpu: Vcpu, svm: SvmState, length: int) -> None:
     """What VMRUN puts into the host save area; ours is vmcb01."""
     state = vcpu.state
-    state.q[16] = _behind(vcpu, length)
+    live = state.q
+    live[_RIP_NOW] = _behind(vcpu, length)
     state.end_interrupt_shadow()
-    svm.host_interrupts = bool(state.q[17] & Rflags.if_)
+    svm.host_interrupts = bool(live[_RFLAGS_NOW] & _IF)
     vcpu.processor.save(vcpu.vmcb01)
 
 
@@ -97,21 +110,19 @@ def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
         _merge_intercepts(vcpu, svm, vmcb12)
         svm.controls = controls
     q, d = vmcb12.q, vmcb12.d
-    vmcb02 = vcpu.vmcb02
-    svm.virtual, svm.vector = d[F.V_INTR_CONTROL >> 2], d[F.V_INTR_VECTOR >> 2] & 0xFF
-    svm.pauses_left = vmcb12.w[F.PAUSE_FILTER_COUNT >> 1]
-    svm.virtual_vmload = bool(q[F.LBR_CONTROL >> 3] & _VIRTUAL_VMLOAD)
+    svm.virtual, svm.vector = d[_VIRTUAL], d[_VECTOR] & 0xFF
+    svm.pauses_left = vmcb12.w[_PAUSES]
+    svm.virtual_vmload = bool(q[_LBR] & _VIRTUAL_VMLOAD)
     svm.monitor_armed = False
-    vcpu.l2_tsc_offset = q[F.TSC_OFFSET >> 3]
-    svm.nested_paging = bool(q[F.NESTED_CONTROL >> 3] & NestedControl.np_enable)
+    vcpu.l2_tsc_offset = q[_TSC_OFFSET]
+    svm.nested_paging = bool(q[_NESTED] & _NP_ENABLE)
     if svm.nested_paging:
-        shadow = svm.shadows.select(
-            vcpu, q[F.N_CR3 >> 3], d[F.GUEST_ASID >> 2], vmcb12.b[F.TLB_CONTROL]
-        )
-        vmcb02.q[F.N_CR3 >> 3] = shadow.tables.root
-        svm.host_pat, vcpu.msrs[Msr.PAT] = vcpu.msrs[Msr.PAT], q[F.G_PAT >> 3]
+        shadow = svm.shadows.select(vcpu, q[_N_CR3], d[_ASID], vmcb12.b[_TLB_CONTROL])
+        vcpu.vmcb02.q[_N_CR3] = shadow.tables.root
+        msrs = vcpu.msrs
+        svm.host_pat, msrs[_PAT] = msrs[_PAT], q[_G_PAT]
     else:
-        vmcb02.q[F.N_CR3 >> 3] = vcpu.machine.npt01.root
+        vcpu.vmcb02.q[_N_CR3] = vcpu.machine.npt01.root
 
 
 def _merge_intercepts(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
@@ -141,24 +152,23 @@ def _load_guest(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
     for field in _BASES:
         if q[field] >> 47:
             q[field] = sign_extend(q[field])
-    efer, cr0, rflags = q[F.EFER >> 3], q[F.CR0 >> 3], q[F.RFLAGS >> 3]
-    long_mode = efer & Efer.lme and cr0 & Cr0.pg
-    q[F.EFER >> 3] = efer | Efer.lma if long_mode else efer & ~Efer.lma
-    q[F.RFLAGS >> 3] = rflags & _RFLAGS | RFLAGS_FIXED_ONE
-    q[F.DR6 >> 3] = q[F.DR6 >> 3] & _DR6_WRITABLE | DR6_FIXED_ONE
-    q[F.DR7 >> 3] = q[F.DR7 >> 3] & _DR7_WRITABLE | DR7_FIXED_ONE
-    if not cr0 & Cr0.pe:
-        vmcb02.b[F.CPL] = 0
-    elif rflags & Rflags.vm:
-        vmcb02.b[F.CPL] = 3
-    q[F.INTERRUPT_SHADOW >> 3] = vmcb12.q[F.INTERRUPT_SHADOW >> 3] & 1
+    efer, cr0, rflags = q[_EFER], q[_CR0], q[_RFLAGS]
+    q[_EFER] = efer | _LMA if efer & _LME and cr0 & _PG else efer & ~_LMA
+    q[_RFLAGS] = rflags & _RFLAGS_DEFINED | RFLAGS_FIXED_ONE
+    q[_DR6] = q[_DR6] & _DR6_WRITABLE | _DR6_ONES
+    q[_DR7] = q[_DR7] & _DR7_WRITABLE | _DR7_ONES
+    if not cr0 & _PE:
+        vmcb02.b[_CPL] = 0
+    elif rflags & _VM:
+        vmcb02.b[_CPL] = 3
+    q[_SHADOW] = vmcb12.q[_SHADOW] & 1
     vcpu.in_l2, vcpu.vmcb, vcpu.gif = True, vmcb02, True
     vcpu.load(vmcb02)
 
 
 def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:
     """EVENTINJ. APM 2 "Event Injection"; the silicon's action."""
-    event = vmcb12.q[F.EVENTINJ >> 3]
+    event = vmcb12.q[_EVENTINJ]
     if not event & _EVENT_VALID:
         return RESUME
     vector, kind, processor = event & 0xFF, event >> 8 & 7, vcpu.processor
@@ -169,7 +179,7 @@ def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:
     if kind == EventType.EXCEPTION and vector not in _SOFTWARE:
         return processor.inject_exception(vector, event >> 32 if event & _HAS_ERROR else None)
     # What INT n, INT3 and INTO push is nRIP, where the processor has it.
-    rip, behind = vcpu.state.rip, vmcb12.q[F.NRIP >> 3]
+    rip, behind = vcpu.state.rip, vmcb12.q[_NRIP]
     length = behind - rip if behind and vcpu.has("nrip-save") else 0
     return processor.inject_software(vector, length, kind)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.svm.exits import ExitCode, signed_exit_code
+from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import DR7_FIXED_ONE, Cr0, Rflags
+from undervisor.arch.x86.registers import DR7_FIXED_ONE
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Verdict
+from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import SiliconVmcb
 
 if TYPE_CHECKING:
@@ -21,10 +22,16 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _MASK64: Final = (1 << 64) - 1
+_RIP, _CR2_NOW, _DR6_NOW = Env.RIP >> 3, Env.CR2 >> 3, Env.DR6 >> 3
+# This is the path of every exit: plain numbers, computed once, in place of the enumerations.
 _EXITCODE, _EVENTINJ, _NRIP = F.EXITCODE >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
+_G_PAT, _CR2, _DR6, _DR7 = F.G_PAT >> 3, F.CR2 >> 3, F.DR6 >> 3, F.DR7 >> 3
 _VIRTUAL: Final = F.V_INTR_CONTROL >> 2
-_FETCHED: Final = F.FETCHED_BYTES
-_FETCHED_END: Final = F.GUEST_INSTRUCTION_BYTES + 15
+_FETCHED: Final = int(F.FETCHED_BYTES)
+_BYTES: Final = int(F.GUEST_INSTRUCTION_BYTES)
+_PAT: Final = int(Msr.PAT)
+_BREAKPOINTS_OFF: Final = int(DR7_FIXED_ONE)
+_REASONS: Final = {int(code): f"#VMEXIT({code.name})" for code in ExitCode}
 
 
 def leave(
@@ -44,13 +51,15 @@ def leave(
     vcpu.processor.save(vmcb12)
     write_information(vmcb12, code, info1, info2, event)
     vmcb12.q[_NRIP] = next_rip
-    vmcb12.b[_FETCHED:_FETCHED_END] = bytes((len(fetched),)) + fetched.ljust(15, b"\0")
+    vmcb12.b[_FETCHED] = len(fetched)
+    if fetched:
+        vmcb12.b[_BYTES : _BYTES + 15] = fetched.ljust(15, b"\0")
     vmcb12.d[_VIRTUAL] = svm.virtual
     if svm.nested_paging:
-        vmcb12.q[F.G_PAT >> 3] = vcpu.msrs[Msr.PAT]
-        vcpu.msrs[Msr.PAT] = svm.host_pat
-    _load_host(vcpu, svm)
-    svm.reason = f"#VMEXIT({name_of(code)})"
+        vmcb12.q[_G_PAT] = vcpu.msrs[_PAT]
+        vcpu.msrs[_PAT] = svm.host_pat
+    _load_host(vcpu)
+    svm.reason = _REASONS[code]
     return SWITCHED
 
 
@@ -61,14 +70,14 @@ def write_information(vmcb: SiliconVmcb, code: int, info1: int, info2: int, even
     q[_EVENTINJ] = 0
 
 
-def _load_host(vcpu: Vcpu, svm: SvmState) -> None:
-    """The state that VMRUN saved; CR2 and DR6 stay, breakpoints are off, GIF is clear."""
-    host, state = vcpu.vmcb01, vcpu.state
-    host.q[F.CR2 >> 3], host.q[F.DR6 >> 3] = state.cr2, state.dr6
-    host.q[F.DR7 >> 3] = DR7_FIXED_ONE
-    host.q[F.CR0 >> 3] |= Cr0.pe
-    host.q[F.RFLAGS >> 3] &= ~Rflags.vm
-    host.b[F.CPL] = 0
+def _load_host(vcpu: Vcpu) -> None:
+    """The state that VMRUN saved; CR2 and DR6 stay, breakpoints are off, GIF is clear.
+
+    VMRUN runs at CPL 0 in protected mode, so that CPL, CR0.PE and RFLAGS.VM are as they must be.
+    """
+    host, live = vcpu.vmcb01, vcpu.state.q
+    q = host.q
+    q[_CR2], q[_DR6], q[_DR7] = live[_CR2_NOW], live[_DR6_NOW], _BREAKPOINTS_OFF
     vcpu.in_l2, vcpu.vmcb = False, host
     vcpu.gif = False
     vcpu.activity = Activity.ACTIVE
@@ -79,13 +88,5 @@ def _load_host(vcpu: Vcpu, svm: SvmState) -> None:
 def next_rip(vcpu: Vcpu) -> int:
     """nRIP: the address behind the instruction."""
     state = vcpu.state
-    rip: int = state.q[16] + decode.length(vcpu)
+    rip: int = state.q[_RIP] + decode.length(vcpu)
     return rip & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
-
-
-def name_of(code: int) -> str:
-    """The APM's name of an exit code."""
-    try:
-        return ExitCode(signed_exit_code(code & _MASK64)).name
-    except ValueError:
-        return f"{code:#x}"

@@ -80,8 +80,11 @@ class Shadow:
 
     def is_current(self) -> bool:
         """Whether L1's tables still are what the shadow was made of."""
-        read = self._memory.read
-        return all(read(page, PAGE) == was for page, was in self.seen.items())
+        ram, low, read = self._memory.ram, self._memory.low, self._memory.read
+        for page, was in self.seen.items():
+            if (ram[page : page + PAGE] if page < low else read(page, PAGE)) != was:
+                return False
+        return True
 
     def walk(self, gpa: int, access: int, purpose: Purpose = Purpose.FINAL_ADDRESS) -> NestedWalk:
         """Translate by L1's tables, set their A and D bits and remember what was looked at."""

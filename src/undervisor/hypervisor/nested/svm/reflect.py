@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Reflection = Callable[["SvmState", "Vcpu", "Exit"], Verdict | None]
 
 _NEXT_RIP: Final = frozenset(int(code) for code in SAVES_NEXT_RIP)
+_LAST: Final = int(Intercept.IDLE_HLT)
 _MOV: Final = 1 << 63
 _SELECTIVE: Final = ~int(Cr0.ts | Cr0.mp)
 _LMSW: Final = (Code.LMSW_RM16, Code.LMSW_R32M16, Code.LMSW_R64M16)
@@ -42,7 +43,7 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     special = _SPECIAL.get(code)
     if special is not None:
         return special(svm, vcpu, exit)
-    if code > Intercept.IDLE_HLT or not svm.wanted >> code & 1:
+    if code > _LAST or not svm.wanted >> code & 1:
         return None
     return leave(
         vcpu,
