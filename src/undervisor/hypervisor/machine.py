@@ -41,6 +41,7 @@ from undervisor.hypervisor.verdict import (
     Verdict,
     Yield,
 )
+from undervisor.silicon.glue import EXIT_BUDGET
 from undervisor.silicon.memory import Memory
 from undervisor.silicon.processor import RESUME as RUN_ON
 from undervisor.silicon.processor import STOP as LEAVE
@@ -133,6 +134,7 @@ class Machine:
         self._slice_end = 0
         self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
+        self._suspended: tuple[int, bool, tuple[int, int, int], tuple[int, int]] | None = None
         self.step_blocks = 0
         self.look_again = False
         self._random = random.Random(0)
@@ -199,6 +201,7 @@ class Machine:
         for vcpu in reversed(self.vcpus):
             vcpu.start(boot) if vcpu.index == 0 else self._park_waiting(vcpu)
         self.current = self.vcpus[0]
+        self._suspended = None
 
     def _park_waiting(self, vcpu: Vcpu) -> None:
         self.processor.reset()
@@ -212,7 +215,12 @@ class Machine:
         """Run until the guest ends, dies, idles for ever, or `timeout` seconds have passed."""
         self._outcome = None
         self._wall_limit = time.monotonic() + (_FOREVER if timeout is None else timeout)
-        self._slice_end = self.processor.blocks + SLICE_BLOCKS
+        if self._suspended is not None:  # go on exactly where `request_stop` left
+            self.processor.request_window(False)
+            self.processor.forget_kick()
+            self.processor.run(self._continue, 0)
+        else:
+            self._slice_end = self.processor.blocks + SLICE_BLOCKS
         while self._outcome is None:
             self.processor.run(self._on_exit, self._budget())
         self.platform.flush()
@@ -220,7 +228,8 @@ class Machine:
 
     def request_stop(self, outcome: Outcome | None = None) -> None:
         """End the run at the next exit; from a device, a tracer or another thread."""
-        self._outcome = outcome or Outcome(Ending.STOPPED, "stopped by the caller")
+        if self._outcome is None:
+            self._outcome = outcome or Outcome(Ending.STOPPED, "stopped by the caller")
         self.processor.kick()
 
     def _guest_ended(self, end: EndOfRun) -> None:
@@ -242,10 +251,43 @@ class Machine:
             self.tracer.after(vcpu, exit, before, verdict)
         action = self._apply(vcpu, exit, verdict)
         if self._outcome is not None:
-            return LEAVE
+            return self._suspend(action)
         if action == RUN_ON:
             action = self._attend(vcpu)
+            if action == LEAVE:
+                return self._suspend(RUN_ON)
         # What else waits is looked at before the first instruction of a delivered event's handler.
+        at_once = action != RUN_ON and self.current.attention
+        self.processor.set_budget(0 if at_once else self._budget())
+        return action
+
+    def _suspend(self, action: int) -> int:
+        """The run ends here; should it be continued, `action` is what is still to be done."""
+        state, processor = self.processor.state, self.processor
+        self._suspended = (
+            action if action != LEAVE else RUN_ON,
+            processor.window_requested,
+            (state.exception_index.value, state.error_code, state.is_int),
+            (state.next_rip, state.old_exception),
+        )
+        return LEAVE
+
+    def _continue(self, code: int) -> int:
+        """The first exit of a continued run, before its first instruction; then as ever."""
+        if self._suspended is None:
+            return self._on_exit(code)
+        action, window, (index, error, is_int), (next_rip, old) = self._suspended
+        self._suspended = None
+        if code == EXIT_BUDGET:  # else the fetch faulted, and will do so again
+            self.processor.uncount_block()
+        self.processor.request_window(window)
+        state = self.processor.state
+        state.exception_index.value, state.error_code, state.is_int = index, error, is_int
+        state.next_rip, state.old_exception = next_rip, old
+        if action == RUN_ON:
+            action = self._attend(self.current)
+            if action == LEAVE:
+                return self._suspend(RUN_ON)
         at_once = action != RUN_ON and self.current.attention
         self.processor.set_budget(0 if at_once else self._budget())
         return action

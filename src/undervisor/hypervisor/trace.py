@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Transition:
     """One exit and what came of it.
 
-    `level` left the guest at `rip` at `time` (ns) for `reason`; `to` is the level that goes on;
-    `action` says what L0 did, and `why` in the vendor's words where L1 was involved.
+    `level` left the guest at `rip` at `time` (virtual ns) for `reason`, in the vendor's words;
+    `to` is the level that goes on; `action` says what L0 did and `why`.  `detail` is what the exit
+    was about, and `ran` how long (virtual ns) the guest had run since the machine's last exit.
     """
 
     time: int
@@ -27,6 +28,8 @@ class Transition:
     rip: int
     action: str
     why: str
+    detail: str = ""
+    ran: int = 0
 
 
 class Tracer(Protocol):

@@ -144,9 +144,11 @@ class Processor:
             )
             if status:
                 raise SiliconDied(f"the processor library refused a hook (error {status})")
-        for name in glue.REDIRECTED:
-            fixes.redirect(name, self._glue.function(f"leave_{name}"))
-        fixes.repair_no_execute_walk(self._glue.function("walk_no_execute"))
+        if not _repairs:  # once for the process: what they jump to holds no processor's state
+            for name in glue.REDIRECTED:
+                fixes.redirect(name, self._glue.function(f"leave_{name}"))
+            fixes.repair_no_execute_walk(self._glue.function("walk_no_execute"))
+            _repairs.append(self._glue)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -180,6 +182,14 @@ class Processor:
     def blocks(self) -> int:
         """How many blocks of guest code have been entered: the deterministic clock."""
         return self._blocks.value
+
+    def uncount_block(self) -> None:
+        """Take back the block at whose entry a budget exit stopped the guest."""
+        self._blocks.value -= 1
+
+    def forget_kick(self) -> None:
+        """A kick that has done its work does not stop the next run."""
+        self._kicked.value = 0
 
     def set_budget(self, blocks: int) -> None:
         """From `on_exit`: the next budget exit comes after `blocks` more blocks."""
@@ -311,6 +321,9 @@ class Processor:
 
 
 _COMBINING = frozenset({0, 8, 10, 11, 12, 13, 14})
+
+# The glue that the repaired library jumps to; it must outlive its processor.
+_repairs: list[glue.Glue] = []
 
 
 def _handle(engine: unicorn.Uc) -> int:
