@@ -8,8 +8,8 @@ import iced_x86
 from iced_x86 import Code, Decoder, Instruction, OpKind, Register
 
 from undervisor.arch.svm.exits import ExitCode
-from undervisor.arch.x86.events import Fault, GuestFault
-from undervisor.arch.x86.paging import FETCH
+from undervisor.arch.x86.events import GP0, SS0, Fault, GuestFault
+from undervisor.arch.x86.paging import FETCH, is_canonical
 from undervisor.arch.x86.registers import Rflags
 from undervisor.silicon.layout import Env
 from undervisor.silicon.memory import PAGE
@@ -60,19 +60,40 @@ def fetch(vcpu: Vcpu) -> bytes:
     return data if isinstance(rest, Fault) else data + vcpu.memory.read(rest, MAX_LENGTH - room)
 
 
+# Guests exit at few places: what was decoded once is remembered by its bytes.
+_decoded: dict[tuple[bytes, int], Instruction] = {}
+_MOST_DECODED: Final = 4096
+
+
 def instruction(vcpu: Vcpu) -> Instruction:
     """The instruction at the instruction pointer; `code` is `Code.INVALID` where it is none."""
-    return Decoder(bitness(vcpu), fetch(vcpu), ip=vcpu.state.rip).decode()
+    key = fetch(vcpu), bitness(vcpu)
+    known = _decoded.get(key)
+    if known is not None:
+        return known
+    found = Decoder(key[1], key[0], ip=vcpu.state.rip).decode()
+    if not found.is_ip_rel_memory_operand:  # that one's address depends on where it is
+        if len(_decoded) >= _MOST_DECODED:
+            _decoded.clear()
+        _decoded[key] = found
+    return found
 
 
 def length(vcpu: Vcpu) -> int:
     """The length in bytes of the instruction at the instruction pointer."""
-    code = vcpu.exit.code
-    data = fetch(vcpu)
-    plain = _PLAIN.get(code)
-    if plain is not None and data.startswith(plain):
+    plain = _PLAIN.get(vcpu.exit.code)
+    if plain is not None and fetch(vcpu).startswith(plain):
         return len(plain)
-    return int(Decoder(bitness(vcpu), data).decode().len)
+    return int(instruction(vcpu).len)
+
+
+def follows_mov_ss(vcpu: Vcpu) -> bool:
+    """Whether the shadow on this instruction comes from MOV SS or POP SS, not from STI.
+
+    The silicon keeps one flag for both; STI is the one byte FBH before the instruction.
+    """
+    before = vcpu.read_gva(vcpu.linear_rip() - 1 & _MASK64, 1)
+    return before != b"\xfb"
 
 
 # iced's general registers as our indices: encoding order, and how to reach a part of one.
@@ -157,6 +178,41 @@ def linear_address(vcpu: Vcpu, decoded: Instruction, operand: int) -> int:
     return vcpu.state.segment_base(segment) + offset & 0xFFFF_FFFF
 
 
+def data_address(
+    vcpu: Vcpu, decoded: Instruction, operand: int, size: int, *, write: bool = False
+) -> int | Fault:
+    """The linear address of a memory operand, or the fault of its segment or of its form.
+
+    SDM 3A "Limit Checking", "Type Checking"; SDM 1 "Canonical Addressing".
+    """
+    segment, offset = effective_address(vcpu, decoded, operand)
+    stack = segment is Env.SS
+    if vcpu.state.hflags & 0x8000:
+        base = vcpu.state.segment_base(segment) if segment in (Env.FS, Env.GS) else 0
+        gva = base + offset & _MASK64
+        if is_canonical(gva) and is_canonical(gva + size - 1 & _MASK64):
+            return gva
+        return SS0 if stack else GP0
+    _, attributes, limit, base = vcpu.state.segment(segment)
+    if not _segment_allows(attributes, limit, offset, size, write=write):
+        return SS0 if stack else GP0
+    return base + offset & 0xFFFF_FFFF
+
+
+def _segment_allows(attributes: int, limit: int, offset: int, size: int, *, write: bool) -> bool:
+    """Whether a data access fits a segment's type and limit."""
+    code, writable = attributes & 8, attributes & 2
+    if not attributes & 0x80 or (code and (write or not attributes & 2)):
+        return False
+    if write and not writable:
+        return False
+    last = offset + size - 1
+    if not code and attributes & 4:  # expand down: what lies above the limit is inside
+        top = 0xFFFF_FFFF if attributes & 0x400 else 0xFFFF
+        return offset > limit and last <= top
+    return last <= limit
+
+
 def _address_size(vcpu: Vcpu, decoded: Instruction) -> int:
     """The address size in bits, from the registers used or the mode and the prefix."""
     for register in (decoded.memory_base, decoded.memory_index):
@@ -170,6 +226,17 @@ def _address_size(vcpu: Vcpu, decoded: Instruction) -> int:
 def memory_size(decoded: Instruction) -> int:
     """The size in bytes of the memory operand."""
     return int(iced_x86.MemorySizeExt.size(decoded.memory_size))
+
+
+def is_memory(decoded: Instruction, operand: int) -> bool:
+    """Whether an operand is in memory, explicit or implied by a string instruction."""
+    kind = decoded.op_kind(operand)
+    return bool(kind == OpKind.MEMORY or kind in _STRING)
+
+
+def is_string(decoded: Instruction) -> bool:
+    """Whether the instruction has an implied memory operand."""
+    return any(decoded.op_kind(i) in _STRING for i in range(decoded.op_count))
 
 
 def string_address_mask(vcpu: Vcpu, decoded: Instruction) -> int:

@@ -6,6 +6,7 @@ SDM 3A "Priority Among Concurrent Events"; APM 2 "Priorities".  While L2 runs, t
 
 from __future__ import annotations
 
+from undervisor.hypervisor.nested import INIT_BLOCKED
 from undervisor.hypervisor.vcpu import IRET_MASK, Activity, Vcpu
 from undervisor.silicon.processor import RESUME
 
@@ -15,16 +16,17 @@ def deliver(vcpu: Vcpu) -> int:
     vcpu.attention = False
     if vcpu.init_pending:
         action = vcpu.nested.take_init(vcpu)
-        if action is not None:
+        if action is None:
+            vcpu.init_pending = False
+            vcpu.reset_by_init()
+        elif action != INIT_BLOCKED:
             return action
-        vcpu.init_pending = False
-        vcpu.reset_by_init()
+    if vcpu.in_l2:
+        return vcpu.nested.deliver(vcpu)
     if vcpu.activity is Activity.WAIT_FOR_SIPI:
         _take_sipi(vcpu)
         return RESUME
     vcpu.sipi_vector = None  # lost: the processor is not waiting for it
-    if vcpu.in_l2:
-        return vcpu.nested.deliver(vcpu)
     if not vcpu.gif:
         vcpu.processor.request_window(False)
         return RESUME
@@ -76,7 +78,7 @@ def deliver_interrupt(vcpu: Vcpu) -> int:
 
 def can_wake(vcpu: Vcpu) -> bool:
     """Whether a halted or waiting processor has something to do."""
-    if vcpu.init_pending:
+    if vcpu.init_pending and vcpu.attention:
         return True
     if vcpu.activity is Activity.WAIT_FOR_SIPI:
         return vcpu.sipi_vector is not None

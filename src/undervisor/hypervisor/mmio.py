@@ -15,7 +15,7 @@ from undervisor.arch.x86.events import Fault, GuestFault
 from undervisor.arch.x86.paging import WRITE
 from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import decode, describe
-from undervisor.hypervisor.verdict import ADVANCE, RESUME, Ending, Outcome, Stop, Verdict
+from undervisor.hypervisor.verdict import ADVANCE, Ending, Outcome, Stop, Verdict
 from undervisor.silicon.memory import PAGE
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def load(vcpu: Vcpu, gva: int, size: int) -> int:
 def store(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
     """A store of `size` bytes at a linear address, to memory or a device; ROM swallows it."""
     if gva % PAGE + size > PAGE:
+        check_store(vcpu, gva, size)
         first = PAGE - gva % PAGE
         store(vcpu, gva, first, value & (1 << 8 * first) - 1)
         store(vcpu, gva + first, size - first, value >> 8 * first)
@@ -62,6 +63,14 @@ def store(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
         vcpu.machine.platform.mmio[vcpu.index].write(hpa, size, value)
     elif not vcpu.machine.is_rom(hpa):
         vcpu.memory.write(hpa, value.to_bytes(size, "little"))
+
+
+def check_store(vcpu: Vcpu, gva: int, size: int) -> None:
+    """GuestFault where a store would fault: nothing may be half done."""
+    for at in {gva, gva + size - 1 & _MASK64}:
+        hpa = vcpu.translate(at, WRITE)
+        if isinstance(hpa, Fault):
+            raise GuestFault(hpa)
 
 
 def _is_device(vcpu: Vcpu, hpa: int) -> bool:
@@ -215,7 +224,11 @@ def _string(vcpu: Vcpu, decoded: decode.Instruction) -> Verdict:
         _string_once(vcpu, decoded, size)
         if repeated:
             q[1] = decode.merge(q[1], q[1] - 1, mask)
-    return ADVANCE[decoded.len] if not repeated or not q[1] & mask else RESUME
+        if vcpu.stops_after_iteration(0):
+            break
+    if not repeated or not q[1] & mask:
+        return ADVANCE[decoded.len]
+    return vcpu.interrupted_iteration()
 
 
 def _string_once(vcpu: Vcpu, decoded: decode.Instruction, size: int) -> None:

@@ -32,6 +32,7 @@ from undervisor.arch.x86.registers import (
 )
 from undervisor.arch.x86.segments import Segment, real_mode_segment
 from undervisor.hypervisor.models.leaves import CpuidState
+from undervisor.hypervisor.verdict import RESUME, Inject, Verdict
 from undervisor.silicon.layout import Env
 from undervisor.silicon.memory import PAGE
 from undervisor.silicon.processor import RESUME as RUN_ON
@@ -92,6 +93,7 @@ class Vcpu:
         self.sipi_vector: int | None = None
         self.gif = True
         self.window_wanted = False
+        self.debug_conditions = 0  # DR6 bits of breakpoints that the instruction has met
         self.tsc_offset = 0
         self.tsc_adjust: int = 0
         self.l2_tsc_offset = 0
@@ -173,10 +175,27 @@ class Vcpu:
         rip = state.q[16] + length
         state.q[16] = rip if state.hflags & 0x8000 else rip & 0xFFFF_FFFF
         state.end_interrupt_shadow()
-        if state.q[17] & _TRAP_FLAG:
-            state.dr6 |= Dr6.bs
-            return self.machine.raise_trap(self, DB)
+        if state.q[17] & _TRAP_FLAG or self.debug_conditions:
+            return self.machine.raise_trap(self, self._debug_trap())
         return RUN_ON
+
+    def _debug_trap(self) -> Fault:
+        """The #DB after an instruction or an iteration, with DR6 saying why."""
+        step = Dr6.bs if self.state.q[17] & _TRAP_FLAG else 0
+        self.state.dr6 |= self.debug_conditions | step
+        self.debug_conditions = 0
+        return DB
+
+    def stops_after_iteration(self, conditions: int) -> bool:
+        """Whether a repeated string instruction traps now: a single step, or `conditions`."""
+        self.debug_conditions |= conditions
+        return bool(self.debug_conditions or self.state.q[17] & _TRAP_FLAG)
+
+    def interrupted_iteration(self) -> Verdict:
+        """A repeated string instruction is not finished: run it again, after a #DB that is due."""
+        if self.stops_after_iteration(0):
+            return Inject(self._debug_trap())
+        return RESUME
 
     def inject(self, fault: Fault) -> int:
         """Prepare an exception of the running world; the silicon's action that delivers it."""

@@ -48,10 +48,7 @@ def repair_no_execute_walk(target: int) -> None:
     site = library.address("x86_cpu_tlb_fill") + _WALK_SITE
     landing = library.address(_UNUSED_FUNCTION)
     jump = _NEAR_JUMP.pack(_NEAR_JUMP_CODE, landing - site - _NEAR_JUMP.size)
-    present = ctypes.string_at(site, len(_WALK_BYTES))
-    if present[: len(jump)] == jump:
-        return  # another machine of this process has repaired it, to a stub that is as good
-    if present != _WALK_BYTES:
+    if ctypes.string_at(site, len(_WALK_BYTES)) != _WALK_BYTES:
         raise SiliconDied(
             "the unicorn library's nested page walk is not the code that we know how to repair",
             hint="reinstall the unicorn 2.1.4 wheel for Linux x86_64",

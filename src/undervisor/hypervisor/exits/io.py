@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Code
 
 from undervisor.arch.svm.exits import IoInfo
-from undervisor.arch.x86.events import GP0, Fault
-from undervisor.arch.x86.registers import Cr0, Rflags
-from undervisor.hypervisor import decode
+from undervisor.arch.x86.events import GP0
+from undervisor.arch.x86.registers import Cr0, Cr4, Rflags
+from undervisor.hypervisor import decode, mmio
 from undervisor.hypervisor.exit import Exit
-from undervisor.hypervisor.verdict import ADVANCE, RESUME, Inject, Verdict
+from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
 from undervisor.silicon.layout import Env
 
 if TYPE_CHECKING:
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 _INS: Final = (Code.INSB_M8_DX, Code.INSW_M16_DX, Code.INSD_M32_DX)
 _OUTS: Final = (Code.OUTSB_DX_M8, Code.OUTSW_DX_M16, Code.OUTSD_DX_M32)
+STRINGS: Final = frozenset(_INS + _OUTS)
 _MASKS: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 _MASK64: Final = (1 << 64) - 1
 # A repeated string instruction may be interrupted between any two iterations: it exits again.
 _MOST_ITERATIONS: Final = 4096
+_ON_IO: Final = 2  # R/W = 10b, while CR4.DE is set
 _TSS_IO_MAP: Final = 102
 _TSS32_TYPES: Final = (9, 11)
 
@@ -38,6 +40,7 @@ def access(vcpu: Vcpu, exit: Exit) -> Verdict:
     if not length:
         return _string(vcpu, port, size, bool(info & IoInfo.in_))
     _transfer(vcpu, port, size, bool(info & IoInfo.in_))
+    vcpu.debug_conditions |= breakpoints(vcpu, port, size)
     return ADVANCE[length]
 
 
@@ -64,6 +67,25 @@ def permitted(vcpu: Vcpu, port: int, size: int) -> bool:
     return not bits >> port % 8 & (1 << size) - 1
 
 
+def breakpoints(vcpu: Vcpu, port: int, size: int) -> int:
+    """The DR6 bits of the I/O breakpoints that an access meets. SDM 3B "Debug Registers".
+
+    DR7 has two enable bits a breakpoint, from bit 0, and R/W and LEN, from bit 16.
+    """
+    state = vcpu.state
+    dr7 = state.dr7
+    if not dr7 & 0xFF or not state.cr4 & Cr4.de:
+        return 0
+    met = 0
+    for index in range(4):
+        kind = dr7 >> 16 + 4 * index
+        if dr7 >> 2 * index & 3 and kind & 3 == _ON_IO:
+            length = (kind >> 2 & 3) + 1
+            first = state.q[(Env.DR0 >> 3) + index] & -length
+            met |= int(first < port + size and port < first + length) << index
+    return met
+
+
 def _transfer(vcpu: Vcpu, port: int, size: int, is_in: bool) -> None:
     """One IN to, or OUT from, AL, AX or EAX."""
     q, ports, mask = vcpu.state.q, vcpu.machine.platform.ports, _MASKS[size]
@@ -75,11 +97,21 @@ def _transfer(vcpu: Vcpu, port: int, size: int, is_in: bool) -> None:
         q[0] = q[0] & ~mask & _MASK64 | ports.read(port, size)
 
 
+def string(vcpu: Vcpu) -> Verdict:
+    """INS or OUTS whose memory operand is no RAM: the silicon reaches for that before the port."""
+    decoded = decode.instruction(vcpu)
+    port, size = vcpu.state.q[2] & 0xFFFF, decode.memory_size(decoded)
+    if not permitted(vcpu, port, size):
+        return Inject(GP0)
+    return _string(vcpu, port, size, decoded.code in _INS)
+
+
 def _string(vcpu: Vcpu, port: int, size: int, is_in: bool) -> Verdict:
     """INS or OUTS, all iterations up to a bound."""
     decoded = decode.instruction(vcpu)
-    if decoded.code not in _INS and decoded.code not in _OUTS:
+    if decoded.code not in STRINGS:
         _transfer(vcpu, port, size, is_in)
+        vcpu.debug_conditions |= breakpoints(vcpu, port, size)
         return ADVANCE[decoded.len]
     repeated = decoded.has_rep_prefix or decoded.has_repne_prefix
     mask = decode.string_address_mask(vcpu, decoded)
@@ -87,30 +119,24 @@ def _string(vcpu: Vcpu, port: int, size: int, is_in: bool) -> Verdict:
     for _ in range(_MOST_ITERATIONS if repeated else 1):
         if repeated and not q[counter] & mask:
             return ADVANCE[decoded.len]
-        fault = _iterate(vcpu, decoded, port, size, is_in)
-        if fault:
-            return Inject(fault)
+        _iterate(vcpu, decoded, port, size, is_in)
         if repeated:
             q[counter] = decode.merge(q[counter], q[counter] - 1, mask)
-    finished = not repeated or not q[counter] & mask
-    return ADVANCE[decoded.len] if finished else RESUME
+        if vcpu.stops_after_iteration(breakpoints(vcpu, port, size)):
+            break
+    if not repeated or not q[counter] & mask:
+        return ADVANCE[decoded.len]
+    return vcpu.interrupted_iteration()
 
 
-def _iterate(
-    vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool
-) -> Fault | None:
-    """One iteration of INS or OUTS."""
+def _iterate(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool) -> None:
+    """One iteration of INS or OUTS; GuestFault where its memory operand faults."""
     ports = vcpu.machine.platform.ports
-    index = 7 if is_in else 6
     where = decode.linear_address(vcpu, decoded, 0 if is_in else 1)
     if is_in:
-        fault = vcpu.write_gva(where, ports.read(port, size).to_bytes(size, "little"))
-        if fault:
-            return fault
+        mmio.check_store(vcpu, where, size)
+        mmio.store(vcpu, where, size, ports.read(port, size))
+        decode.step_index(vcpu, decoded, 7, size)
     else:
-        data = vcpu.read_gva(where, size)
-        if isinstance(data, Fault):
-            return data
-        ports.write(port, size, int.from_bytes(data, "little"))
-    decode.step_index(vcpu, decoded, index, size)
-    return None
+        ports.write(port, size, mmio.load(vcpu, where, size))
+        decode.step_index(vcpu, decoded, 6, size)

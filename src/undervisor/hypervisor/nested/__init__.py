@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from undervisor.arch.x86.events import Fault
 from undervisor.hypervisor.exit import Exit
@@ -14,6 +14,9 @@ from undervisor.hypervisor.verdict import Verdict
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
+
+INIT_BLOCKED: Final = -1
+"""INIT stays pending, and other events may be delivered."""
 
 Handler = Callable[["Vcpu", Exit], Verdict]
 
@@ -40,7 +43,7 @@ class Nested(Protocol):
         """Pending events while L2 runs: exits to L1 or injections; the silicon's action."""
 
     def take_init(self, vcpu: Vcpu) -> int | None:
-        """An INIT while L1 runs: the silicon's action, or None when L0 resets the processor.
+        """A pending INIT: the silicon's action, None when L0 resets, or `INIT_BLOCKED`.
 
         Clears `init_pending` when it is dropped or redirected; leaves it when INIT is blocked.
         """
@@ -50,6 +53,9 @@ class Nested(Protocol):
 
         `tables`: for the walk of L2's own page tables, not for the address that it gives.
         """
+
+    def peek_gpa(self, vcpu: Vcpu, gpa: int) -> int:
+        """A quadword of L2's guest-physical memory without side effects; 0 where there is none."""
 
     def allows_cr0(self, vcpu: Vcpu, value: int) -> bool:
         """Whether the extension lets the running world load CR0: bits fixed in VMX operation."""

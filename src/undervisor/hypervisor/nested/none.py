@@ -42,6 +42,10 @@ class NoNested:
         """There is no L2."""
         return gpa
 
+    def peek_gpa(self, vcpu: Vcpu, gpa: int) -> int:
+        """There is no L2."""
+        return vcpu.memory.u64(gpa)
+
     def allows_cr0(self, vcpu: Vcpu, value: int) -> bool:
         """No bit is fixed."""
         return True

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from undervisor.hypervisor.nested import Nested
 from undervisor.hypervisor.nested.none import NoNested
+from undervisor.hypervisor.nested.svm import NestedSvm
+from undervisor.hypervisor.nested.vmx import NestedVmx
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
@@ -13,4 +15,8 @@ if TYPE_CHECKING:
 
 def nested_for(vcpu: Vcpu) -> Nested:
     """A new, switched-off extension for a vCPU of the model's vendor."""
+    if vcpu.has("vmx"):
+        return NestedVmx(vcpu)
+    if vcpu.has("svm"):
+        return NestedSvm(vcpu)
     return NoNested()

@@ -70,6 +70,10 @@ class NestedSvm:
         """By L1's nested tables, or as it is without nested paging."""
         return paging.to_hpa(vcpu, self.state, gpa, write=write, tables=tables)
 
+    def peek_gpa(self, vcpu: Vcpu, gpa: int) -> int:
+        """By L1's nested tables, without any side effect."""
+        return paging.peek_gpa(vcpu, self.state, gpa)
+
     def allows_cr0(self, vcpu: Vcpu, value: int) -> bool:
         """No bit is fixed."""
         return True

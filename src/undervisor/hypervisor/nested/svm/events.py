@@ -14,6 +14,7 @@ from undervisor.arch.x86.events import Fault, Vector
 from undervisor.arch.x86.msr import Msr, VmCr
 from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import events
+from undervisor.hypervisor.nested import INIT_BLOCKED
 from undervisor.hypervisor.nested.svm import reflect
 from undervisor.hypervisor.nested.svm.exit import leave
 from undervisor.hypervisor.vcpu import Activity
@@ -33,7 +34,7 @@ def take_init(vcpu: Vcpu, svm: SvmState) -> int | None:
     if vcpu.activity is Activity.WAIT_FOR_SIPI:
         return None
     if not vcpu.gif:
-        return RESUME
+        return INIT_BLOCKED
     if vcpu.in_l2 and svm.wanted >> Intercept.INIT & 1:
         leave(vcpu, svm, ExitCode.INIT)
         return RESUME

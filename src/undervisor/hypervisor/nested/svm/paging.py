@@ -6,6 +6,7 @@ L1 invalidates is looked at again.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.svm.exits import ExitCode
@@ -23,14 +24,12 @@ from undervisor.arch.x86.paging import (
     READ,
     WRITE,
     Entry,
-    PageFault,
     PagingRules,
     Translation,
-    paging_rules,
     walk,
 )
-from undervisor.hypervisor import decode
-from undervisor.hypervisor.nested import GuestExit, accesses
+from undervisor.hypervisor import access, decode
+from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.svm.exit import leave
 from undervisor.hypervisor.nested_paging import (
     NO_EXECUTE,
@@ -202,17 +201,17 @@ def fault(vcpu: Vcpu, svm: SvmState, exit: Exit) -> Verdict | None:
         return None
     shadow = svm.shadows.current
     assert shadow is not None, "L2 runs with nested paging"
-    gpa, access = exit.info2, exit.info1 & (WRITE | FETCH)
-    found = shadow.walk(gpa, access)
+    gpa, kind = exit.info2, exit.info1 & (WRITE | FETCH)
+    found = shadow.walk(gpa, kind)
     if isinstance(found, NestedPageFault):
-        purpose = _purpose(vcpu, svm, gpa) if access & WRITE else Purpose.FINAL_ADDRESS
+        purpose = _purpose(vcpu, exit, gpa) if kind & WRITE else Purpose.FINAL_ADDRESS
         info = found.exit_info1 & ~Purpose.FINAL_ADDRESS | purpose
         return reflect_fault(vcpu, svm, NestedPageFault(info, gpa), exit.event)
     try:
-        filled = shadow.fill(gpa, found, write=bool(access & WRITE))
+        filled = shadow.fill(gpa, found, write=bool(kind & WRITE))
     except MemoryError:
         make_room(vcpu)
-        filled = shadow.fill(gpa, found, write=bool(access & WRITE))
+        filled = shadow.fill(gpa, found, write=bool(kind & WRITE))
     return RESUME if filled else None
 
 
@@ -245,39 +244,30 @@ def to_hpa(vcpu: Vcpu, svm: SvmState, gpa: int, *, write: bool, tables: bool) ->
 # -- without side effects ----------------------------------------------------------------------
 
 
-def peek(
-    vcpu: Vcpu, svm: SvmState, gva: int, access: int, looked_at: list[int] | None = None
-) -> int | None:
-    """Where a linear address of L2 is, with no A or D bit set and no exit; None where nowhere.
+def peek_gpa(vcpu: Vcpu, svm: SvmState, gpa: int) -> int:
+    """A quadword of L2's guest-physical memory; 0 where there is none."""
+    hpa = _peek(vcpu, svm, gpa)
+    return 0 if hpa is None else vcpu.memory.u64(hpa)
 
-    `looked_at` collects the guest-physical addresses of the entries on the way.
-    """
-    state, shadow = vcpu.state, svm.shadows.current
 
-    def translate(gpa: int, purpose: Purpose) -> int | None:
-        if not svm.nested_paging or shadow is None:
-            return gpa
-        found = nested_walk(shadow.rules, shadow.n_cr3, gpa, READ, vcpu.memory.u64, purpose)
-        return found.gpa if isinstance(found, Translation) else None
-
-    def read(gpa: int) -> int:
-        if looked_at is not None:
-            looked_at.append(gpa)
-        hpa = translate(gpa, Purpose.GUEST_TABLES)
-        return 0 if hpa is None else vcpu.memory.u64(hpa)
-
-    rules = paging_rules(state.cr0, state.cr4, state.efer, vcpu.model.physical_width)
-    found = walk(rules, state.cr3, gva, access, read)
-    if isinstance(found, PageFault):
-        return None
-    return translate(found.gpa, Purpose.FINAL_ADDRESS)
+def _peek(vcpu: Vcpu, svm: SvmState, gpa: int) -> int | None:
+    """Where a guest-physical address of L2 is, with no A or D bit set and no exit."""
+    shadow = svm.shadows.current
+    if not svm.nested_paging or shadow is None:
+        return gpa
+    found = nested_walk(shadow.rules, shadow.n_cr3, gpa, READ, vcpu.memory.u64)
+    return found.gpa if isinstance(found, Translation) else None
 
 
 def instruction_bytes(vcpu: Vcpu, svm: SvmState) -> bytes:
     """The 15 bytes at L2's instruction pointer, or those before a page that is not there."""
-    gva, data = vcpu.linear_rip(), b""
+    data = vcpu.processor.instruction_bytes()
+    if data:
+        return data
+    gva, state = vcpu.linear_rip(), vcpu.state
     while len(data) < decode.MAX_LENGTH:
-        hpa = peek(vcpu, svm, gva, READ)
+        found = walk(vcpu.paging_rules(), state.cr3, gva, READ, partial(peek_gpa, vcpu, svm))
+        hpa = _peek(vcpu, svm, found.gpa) if isinstance(found, Translation) else None
         if hpa is None:
             break
         part = min(decode.MAX_LENGTH - len(data), PAGE - gva % PAGE)
@@ -286,20 +276,10 @@ def instruction_bytes(vcpu: Vcpu, svm: SvmState) -> bytes:
     return data
 
 
-def _purpose(vcpu: Vcpu, svm: SvmState, gpa: int) -> Purpose:
+def _purpose(vcpu: Vcpu, exit: Exit, gpa: int) -> Purpose:
     """Whether a write was the walk of L2's page tables or the access itself.
 
-    The silicon does not say; but walks are of the addresses that the instruction names.
+    The silicon does not say, but the walks are those of addresses that the instruction names.
     """
-
-    def walks_over(gva: int) -> bool:
-        looked_at: list[int] = []
-        peek(vcpu, svm, gva, READ, looked_at)
-        return gpa in looked_at
-
-    rip = vcpu.linear_rip()
-    if walks_over(rip) or walks_over(rip + decode.MAX_LENGTH - 1):
-        return Purpose.GUEST_TABLES
-    code = instruction_bytes(vcpu, svm)
-    candidates = accesses.linear_addresses(vcpu, code)
-    return Purpose.GUEST_TABLES if any(map(walks_over, candidates)) else Purpose.FINAL_ADDRESS
+    found = access.find(vcpu, gpa, exit, vcpu.nested)
+    return Purpose.GUEST_TABLES if found is not None and found.in_walk else Purpose.FINAL_ADDRESS

@@ -1,0 +1,118 @@
+"""What vmcs12's controls mean for the silicon: the intercepts of vmcb02, computed when they change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.vmx.controls import (
+    ExitControls,
+    PinBasedControls,
+    PrimaryControls,
+    SecondaryControls,
+)
+from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.events import Vector
+from undervisor.hypervisor.nested.vmx.state import Vmcs
+from undervisor.silicon.world import Intercept, intercept_mask
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.nested.vmx import NestedVmx
+    from undervisor.hypervisor.vcpu import Vcpu
+
+# L0 looks at all of these whatever L1 wants.
+_ALWAYS: Final = (
+    Intercept.CR0_WRITE,
+    Intercept.CR3_WRITE,
+    Intercept.CR4_WRITE,
+    Intercept.CR8_READ,
+    Intercept.CR8_WRITE,
+    Intercept.DR4_READ,
+    Intercept.DR5_READ,
+    *(i for i in Intercept if Intercept.DR0_WRITE <= i <= Intercept.DR7_WRITE),
+    Intercept.EXCP_UD,
+    Intercept.INTR,
+    Intercept.NMI,
+    Intercept.SMI,
+    Intercept.INIT,
+    Intercept.VINTR,
+    Intercept.RDTSC,
+    Intercept.RDPMC,
+    Intercept.CPUID,
+    Intercept.RSM,
+    Intercept.INVD,
+    Intercept.PAUSE,
+    Intercept.HLT,
+    Intercept.MSR_PROT,
+    Intercept.SHUTDOWN,
+    Intercept.ICEBP,
+    Intercept.WBINVD,
+    Intercept.MONITOR,
+    Intercept.MWAIT,
+)
+
+_DESCRIPTOR_TABLES: Final = (
+    Intercept.IDTR_READ,
+    Intercept.GDTR_READ,
+    Intercept.LDTR_READ,
+    Intercept.TR_READ,
+    Intercept.IDTR_WRITE,
+    Intercept.GDTR_WRITE,
+    Intercept.LDTR_WRITE,
+    Intercept.TR_WRITE,
+)
+_SOFTWARE_EXCEPTIONS: Final = 1 << Vector.BP | 1 << Vector.OF
+# Vectors that the exception bitmap covers: not NMI, and nothing above 31.
+_EXCEPTIONS: Final = ((1 << 32) - 1) & ~(1 << Vector.NMI)
+
+
+def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
+    """Take over the controls of `vmcs` and set vmcb02's intercepts."""
+    fields = vmcs.fields
+    nested.pin = fields[F.PIN_BASED_CONTROLS]
+    nested.primary = primary = fields[F.PRIMARY_CONTROLS]
+    active = primary & PrimaryControls.activate_secondary_controls
+    nested.secondary = secondary = fields[F.SECONDARY_CONTROLS] if active else 0
+    nested.entry_controls = fields[F.ENTRY_CONTROLS]
+    nested.exit_controls = fields[F.EXIT_CONTROLS]
+    nested.tsc_offset = fields[F.TSC_OFFSET] if primary & PrimaryControls.use_tsc_offsetting else 0
+    nested.inputs_move = bool(primary & PrimaryControls.use_tpr_shadow)
+    bits = [*_ALWAYS, *_wanted(fields, primary, secondary)]
+    words = list(intercept_mask(*bits))
+    words[2] |= fields[F.EXCEPTION_BITMAP] & _EXCEPTIONS
+    if _page_faults_depend(fields):
+        words[2] |= 1 << Vector.PF
+    vmcb = vcpu.vmcb02
+    vmcb.b[0:24] = b"".join(word.to_bytes(4, "little") for word in words)
+    vmcb.nested_control = 1
+    vmcb.guest_asid = 1
+    vmcb.msrpm_base_pa = vcpu.machine.all_msrs()
+
+
+def _wanted(fields: dict[int, int], primary: int, secondary: int) -> list[Intercept]:
+    """The intercepts that depend on L1's controls."""
+    wanted: list[Intercept] = []
+    if fields[F.CR0_GUEST_HOST_MASK]:
+        wanted.append(Intercept.CR0_READ)
+    if fields[F.CR4_GUEST_HOST_MASK]:
+        wanted.append(Intercept.CR4_READ)
+    if primary & PrimaryControls.cr3_store_exiting:
+        wanted.append(Intercept.CR3_READ)
+    if primary & PrimaryControls.invlpg_exiting:
+        wanted.append(Intercept.INVLPG)
+    if primary & PrimaryControls.mov_dr_exiting:
+        wanted += [i for i in Intercept if Intercept.DR0_READ <= i <= Intercept.DR7_READ]
+    if secondary & SecondaryControls.descriptor_table_exiting:
+        wanted += _DESCRIPTOR_TABLES
+    if fields[F.EXCEPTION_BITMAP] & _SOFTWARE_EXCEPTIONS:
+        wanted.append(Intercept.INTN)
+    return wanted
+
+
+def _page_faults_depend(fields: dict[int, int]) -> bool:
+    """Whether some page fault exits. SDM 3C "Exception Bitmap"."""
+    if fields[F.EXCEPTION_BITMAP] >> Vector.PF & 1:
+        return True
+    return bool(fields[F.PAGE_FAULT_ERROR_CODE_MASK] or fields[F.PAGE_FAULT_ERROR_CODE_MATCH])
+
+
+__all__ = ["ExitControls", "PinBasedControls", "merge"]

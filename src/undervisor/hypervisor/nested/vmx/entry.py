@@ -1,0 +1,313 @@
+"""VM entry: checks, merging vmcs12 into vmcb02, loading guest state, injecting an event.
+
+SDM 3C "VM Entries".  A VMCS that was entered before is mostly in vmcb02 already: only what L1 has
+written since is checked and loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.vmx.checks import EntryInput, refresh_inputs
+from undervisor.arch.vmx.checks.msr_lists import check_msr_load, read_list
+from undervisor.arch.vmx.controls import (
+    ActivityState,
+    EntryControls,
+    InterruptibilityState,
+    InterruptionType,
+    PinBasedControls,
+    PrimaryControls,
+    SecondaryControls,
+)
+from undervisor.arch.vmx.ept import Eptp
+from undervisor.arch.vmx.errors import VmInstructionError
+from undervisor.arch.vmx.exits import ExitReason
+from undervisor.arch.vmx.fields import FieldArea
+from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.events import Fault, Vector
+from undervisor.arch.x86.msr import Msr
+from undervisor.arch.x86.registers import Cr0, Efer
+from undervisor.arch.x86.segments import UNUSABLE, Segment, attributes_of
+from undervisor.hypervisor.exits import msr
+from undervisor.hypervisor.nested.vmx import controls, exit, paging
+from undervisor.hypervisor.nested.vmx.state import EAGER, PLAIN, SEGMENTS, Vmcs
+from undervisor.hypervisor.vcpu import Activity
+from undervisor.hypervisor.verdict import Switched, Verdict
+from undervisor.silicon.processor import RESUME, SiliconVmcb
+from undervisor.silicon.world import VmcbField as V
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.nested.vmx import NestedVmx
+    from undervisor.hypervisor.vcpu import Vcpu
+
+ACTIVITIES: Final = {
+    ActivityState.ACTIVE: Activity.ACTIVE,
+    ActivityState.HLT: Activity.HALTED,
+    ActivityState.SHUTDOWN: Activity.SHUTDOWN,
+    ActivityState.WAIT_FOR_SIPI: Activity.WAIT_FOR_SIPI,
+}
+
+# Fields that L1 writes at almost every exit and whose rules read no lazy field but CS.
+_QUIET: Final = frozenset(
+    {
+        F.GUEST_RIP,
+        F.GUEST_RSP,
+        F.ENTRY_INTERRUPTION_INFORMATION,
+        F.ENTRY_EXCEPTION_ERROR_CODE,
+        F.ENTRY_INSTRUCTION_LENGTH,
+        F.PREEMPTION_TIMER_VALUE,
+        F.GUEST_INTERRUPTIBILITY_STATE,
+    }
+)
+_CONTROL_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.CONTROL) - {
+    F.ENTRY_INTERRUPTION_INFORMATION,
+    F.ENTRY_EXCEPTION_ERROR_CODE,
+    F.ENTRY_INSTRUCTION_LENGTH,
+}
+_HOST_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.HOST) | {F.EXIT_CONTROLS}
+_FAILURE: Final = 1 << 31
+_SHADOWS: Final = InterruptibilityState.blocking_by_sti | InterruptibilityState.blocking_by_mov_ss
+_KEPT_CR0: Final = Cr0.cd | Cr0.nw
+
+
+def is_eptp_valid(nested: NestedVmx, eptp: int) -> bool:
+    """SDM 3C "VM-Execution Control Fields", the checks of the EPTP."""
+    value, ept = Eptp(eptp), nested.capabilities.ept_vpid
+    kind = value.memory_type
+    if not (ept.memory_type_wb if kind == 6 else ept.memory_type_uc if kind == 0 else False):
+        return False
+    if not (value.walk_length == 3 and ept.walk_length_4):
+        return False
+    if value.accessed_dirty and not ept.accessed_dirty:
+        return False
+    return not eptp & (nested.capabilities.beyond_maxphyaddr | 0xF80)
+
+
+def enter(
+    vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool
+) -> Verdict | VmInstructionError:
+    """VMLAUNCH or VMRESUME after the checks of the instruction itself."""
+    written = vmcs.written
+    fresh = nested.resident is not vmcs
+    if fresh or not written <= _QUIET:
+        vmcs.synchronize(vcpu.vmcb02)
+        written |= refresh_inputs(vmcs.fields, vcpu.memory.u64, _facts(vcpu, vmcs))
+    elif nested.inputs_move:
+        written |= refresh_inputs(vmcs.fields, vcpu.memory.u64, _facts(vcpu, vmcs))
+    failure = vmcs.checker.check(vmcs.fields, written)
+    if failure is not None:
+        nested.failure = failure
+        if failure.error is not None:
+            return failure.error
+        assert failure.exit_reason is not None
+        nested.reason = f"VM-entry failure: {failure.violation}"
+        _prepare_host(vcpu, nested, vmcs, written, fresh=fresh)
+        reason = failure.exit_reason | _FAILURE
+        return exit.leave_failed_entry(vcpu, nested, reason, failure.qualification)
+    _prepare_host(vcpu, nested, vmcs, written, fresh=fresh)
+    if fresh or not _CONTROL_FIELDS.isdisjoint(written):
+        controls.merge(vcpu, nested, vmcs)
+    load_guest_state(vcpu, nested, vmcs, fresh=fresh)
+    return _launch(vcpu, nested, vmcs, launch=launch)
+
+
+def _facts(vcpu: Vcpu, vmcs: Vmcs) -> dict[int, int]:
+    return {
+        EntryInput.LONG_MODE_ACTIVE: int(bool(vcpu.state.efer & Efer.lma)),
+        EntryInput.IN_SMM: 0,
+        EntryInput.TRACING: 0,
+        EntryInput.CURRENT_VMCS: vmcs.gpa,
+        EntryInput.LINKED_VMCS: 0,
+    }
+
+
+def _prepare_host(
+    vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, written: set[int], *, fresh: bool
+) -> None:
+    if fresh or nested.host_of is not vmcs or not _HOST_FIELDS.isdisjoint(written):
+        exit.prepare_host_state(vcpu, nested, vmcs)
+        nested.host_of = vmcs
+
+
+def load_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> None:
+    """Bring vmcb02 up to date. SDM 3C "Loading Guest State"."""
+    vmcb, fields = vcpu.vmcb02, vmcs.fields
+    for name in vmcs.written if not fresh else _LOADERS:
+        loader = _LOADERS.get(name)
+        if loader is not None:
+            loader(vmcb, fields)
+    state, entry_controls = vcpu.state, nested.entry_controls
+    q = vmcb.q
+    q[V.RAX >> 3] = state.q[0]
+    q[V.CR2 >> 3] = state.cr2
+    q[V.DR6 >> 3] = state.dr6
+    q[V.CR0 >> 3] = fields[F.GUEST_CR0] & ~_KEPT_CR0 | state.cr0 & _KEPT_CR0 | Cr0.et
+    q[V.DR7 >> 3] = (
+        fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
+        if entry_controls & EntryControls.load_debug_controls
+        else state.dr7
+    )
+    q[V.EFER >> 3] = guest_efer(vcpu, nested, fields)
+    vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3 if fresh else vmcb.cpl
+    if F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
+        vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3
+    if entry_controls & EntryControls.load_debug_controls:
+        nested.save_msr(vcpu, Msr.DEBUGCTL, fields[F.GUEST_DEBUGCTL])
+    if entry_controls & EntryControls.load_pat:
+        vcpu.msrs[Msr.PAT] = fields[F.GUEST_PAT]
+    shadows = fields[F.GUEST_INTERRUPTIBILITY_STATE]
+    q[V.INTERRUPT_SHADOW >> 3] = int(bool(shadows & _SHADOWS))
+    nested.blocking_by_mov_ss = bool(shadows & InterruptibilityState.blocking_by_mov_ss)
+
+
+def guest_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
+    """EFER for L2: loaded, or L1's with LMA and LME as the entry controls say."""
+    if nested.entry_controls & EntryControls.load_efer:
+        return fields[F.GUEST_EFER]
+    efer: int = vcpu.state.efer
+    if nested.entry_controls & EntryControls.ia32e_mode_guest:
+        return efer | Efer.lma | Efer.lme
+    efer &= ~Efer.lma
+    return efer & ~Efer.lme if fields[F.GUEST_CR0] & Cr0.pg else efer
+
+
+def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdict:
+    """The committed half: MSRs, the world switch, timers, blocking and the event."""
+    fields = vmcs.fields
+    vcpu.in_l2, vcpu.vmcb = True, vcpu.vmcb02
+    paging.activate(vcpu, nested, vmcs)
+    _load_blocking(vcpu, nested, fields)
+    vcpu.load(vcpu.vmcb02)
+    vcpu.processor.load_vmx_extra(vcpu.vmcb02)
+    nested.resident = vmcs
+    vcpu.l2_tsc_offset = nested.tsc_offset
+    if fields[F.ENTRY_MSR_LOAD_COUNT]:
+        number = load_msrs(
+            vcpu, fields[F.ENTRY_MSR_LOAD_ADDRESS], fields[F.ENTRY_MSR_LOAD_COUNT], nested
+        )
+        if number:
+            reason = ExitReason.ENTRY_FAILURE_MSR_LOADING | _FAILURE
+            return exit.leave_failed_entry(vcpu, nested, reason, number)
+    vmcs.written.clear()
+    vmcs.stale = True
+    if launch:
+        vmcs.launched = True
+    nested.start_timer(vcpu, fields[F.PREEMPTION_TIMER_VALUE])
+    vcpu.activity = ACTIVITIES[ActivityState(fields[F.GUEST_ACTIVITY_STATE])]
+    vcpu.attention = True
+    information = fields[F.ENTRY_INTERRUPTION_INFORMATION]
+    deliver = (
+        inject_event(vcpu, nested, fields) if information >> 31 else _pending_debug(vcpu, fields)
+    )
+    if deliver != RESUME:
+        vcpu.machine.look_again = True
+    return Switched(deliver)
+
+
+def _load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """Blocking by NMI: of virtual NMIs where they are on, else of the processor's own."""
+    blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
+    if nested.pin & PinBasedControls.virtual_nmis:
+        nested.virtual_nmi_blocked = blocked
+    else:
+        vcpu.nmi_blocked = blocked
+
+
+def _pending_debug(vcpu: Vcpu, fields: dict[int, int]) -> int:
+    """A debug exception that was pending. SDM 3C "Delivery of Pending Debug Exceptions"."""
+    pending = fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]
+    if not pending & 0x5000 or fields[F.GUEST_ACTIVITY_STATE] != ActivityState.ACTIVE:
+        return RESUME
+    vcpu.state.dr6 |= pending & 0x400F
+    reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, Vector.DB)
+    if reflected is not None:
+        return reflected.deliver if isinstance(reflected, Switched) else RESUME
+    return vcpu.inject(Fault(Vector.DB))
+
+
+def inject_event(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
+    """SDM 3C "Event Injection"; the silicon's action."""
+    information = fields[F.ENTRY_INTERRUPTION_INFORMATION]
+    vector, kind = information & 0xFF, information >> 8 & 7
+    length = fields[F.ENTRY_INSTRUCTION_LENGTH]
+    processor = vcpu.processor
+    if kind != InterruptionType.OTHER_EVENT:
+        vcpu.activity = Activity.ACTIVE
+    if kind == InterruptionType.EXTERNAL_INTERRUPT:
+        return processor.inject_interrupt(vector)
+    if kind == InterruptionType.NMI:
+        if nested.pin & PinBasedControls.virtual_nmis:
+            nested.virtual_nmi_blocked = True
+        nested.watch_iret(vcpu)
+        return processor.inject_nmi()
+    if kind == InterruptionType.HARDWARE_EXCEPTION:
+        code = fields[F.ENTRY_EXCEPTION_ERROR_CODE] if information & 0x800 else None
+        return processor.inject_exception(vector, code)
+    if kind == InterruptionType.OTHER_EVENT:
+        nested.trap_pending = True
+        return RESUME
+    return processor.inject_software(vector, length, kind)
+
+
+def load_msrs(vcpu: Vcpu, address: int, count: int, nested: NestedVmx) -> int:
+    """Load an MSR list; the number of the entry that failed, 0 where all were loaded."""
+
+    def writable(index: int, value: int) -> bool:
+        spec = vcpu.msr_specs.get(index)
+        if spec is None:
+            return False
+        old = msr.read(vcpu, index) if spec.readable else 0
+        return not isinstance(
+            spec.legalize(old if isinstance(old, int) else 0, value, vcpu.rules, vcpu.all_msrs()),
+            Fault,
+        )
+
+    def load(index: int, value: int) -> None:
+        msr.write(vcpu, index, value)
+
+    failure = check_msr_load(
+        read_list(vcpu.memory.u64, address, count),
+        nested.capabilities,
+        writable=writable,
+        load=load,
+    )
+    return failure.number if failure else 0
+
+
+# -- how a field reaches vmcb02 -----------------------------------------------------------------
+
+
+def _plain(field: F, target: V):  # type: ignore[no-untyped-def]
+    if target.width == 8:
+        index = target >> 3
+
+        def load(vmcb: SiliconVmcb, fields: dict[int, int]) -> None:
+            vmcb.q[index] = fields[field]
+
+        return load
+
+    def load_narrow(vmcb: SiliconVmcb, fields: dict[int, int]) -> None:
+        vmcb[target] = fields[field]
+
+    return load_narrow
+
+
+def _segment(name: str, where: V):  # type: ignore[no-untyped-def]
+    selector, base = F[f"GUEST_{name}_SELECTOR"], F[f"GUEST_{name}_BASE"]
+    limit, rights = F[f"GUEST_{name}_LIMIT"], F[f"GUEST_{name}_ACCESS_RIGHTS"]
+
+    def load(vmcb: SiliconVmcb, fields: dict[int, int]) -> None:
+        attributes = attributes_of(fields[rights]) if not fields[rights] & UNUSABLE else 0
+        if fields[rights] & UNUSABLE and name == "SS":
+            attributes = fields[rights] & 0x60  # its DPL is the CPL all the same
+        vmcb.set_segment(where, Segment(fields[selector], fields[base], fields[limit], attributes))
+
+    return {selector: load, base: load, limit: load, rights: load}
+
+
+_LOADERS = {
+    **{int(field): _plain(field, target) for field, target in PLAIN.items()},
+    **{int(f): load for name, where in SEGMENTS for f, load in _segment(name, where).items()},
+}
+
+__all__ = ["EAGER", "PrimaryControls", "SecondaryControls", "enter", "load_guest_state"]

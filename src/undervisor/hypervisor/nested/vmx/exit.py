@@ -1,0 +1,258 @@
+"""VM exit: recording information, saving guest state, loading host state.
+
+SDM 3C "VM Exits".  Guest state stays in vmcb02 until L1 asks for it; host state is prepared at
+entry, so that leaving copies it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from undervisor.arch.vmx.controls import (
+    ActivityState,
+    EntryControls,
+    ExitControls,
+    InterruptibilityState,
+    PinBasedControls,
+)
+from undervisor.arch.vmx.exits import ExitReason
+from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.msr import Msr
+from undervisor.arch.x86.registers import (
+    DR7_FIXED_ONE,
+    RFLAGS_FIXED_ONE,
+    Cr0,
+    Cr4,
+    Efer,
+)
+from undervisor.arch.x86.segments import Segment, access_rights_of
+from undervisor.hypervisor import describe
+from undervisor.hypervisor.exits import msr
+from undervisor.hypervisor.nested.vmx import entry
+from undervisor.hypervisor.nested.vmx.state import Vmcs
+from undervisor.hypervisor.vcpu import Activity
+from undervisor.hypervisor.verdict import SWITCHED, Ending, Outcome, Stop, Verdict
+from undervisor.silicon.world import VmcbField as V
+
+if TYPE_CHECKING:
+    from undervisor.hypervisor.nested.vmx import NestedVmx
+    from undervisor.hypervisor.vcpu import Vcpu
+
+_SAVE_AREA: Final = slice(V.ES_SELECTOR, V.CR2 + 8)
+_CODE64, _CODE32, _DATA, _TSS = 0xA9B, 0xC9B, 0xC93, 0x08B
+_FLAT: Final = 0xFFFF_FFFF
+_TSS_LIMIT: Final = 0x67
+_TABLE_LIMIT: Final = 0xFFFF
+_VALID: Final = 1 << 31
+_ENTRY_FAILURE: Final = 1 << 31
+_ABORT_HOST_MSR: Final = 4  # SDM 3C "VMX Aborts": problem loading host MSRs
+_STATES: Final = {activity: state for state, activity in entry.ACTIVITIES.items()}
+_DATA_SEGMENTS: Final = (
+    (V.ES_SELECTOR, F.HOST_ES_SELECTOR, None),
+    (V.SS_SELECTOR, F.HOST_SS_SELECTOR, None),
+    (V.DS_SELECTOR, F.HOST_DS_SELECTOR, None),
+    (V.FS_SELECTOR, F.HOST_FS_SELECTOR, F.HOST_FS_BASE),
+    (V.GS_SELECTOR, F.HOST_GS_SELECTOR, F.HOST_GS_BASE),
+)
+
+
+def prepare_host_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
+    """What an exit loads, as a save area. SDM 3C "Loading Host State"."""
+    host, fields = nested.host_vmcb, vmcs.fields
+    controls = fields[F.EXIT_CONTROLS]
+    long_mode = bool(controls & ExitControls.host_address_space_size)
+    kept = Cr0.cd | Cr0.nw
+    host.cr0 = fields[F.HOST_CR0] & ~kept | vcpu.state.cr0 & kept | Cr0.et
+    host.cr3 = fields[F.HOST_CR3]
+    cr4 = fields[F.HOST_CR4]
+    host.cr4 = cr4 | Cr4.pae if long_mode else cr4 & ~Cr4.pcide
+    host.dr7, host.rflags = DR7_FIXED_ONE, RFLAGS_FIXED_ONE
+    host.rsp, host.rip = fields[F.HOST_RSP], fields[F.HOST_RIP]
+    host.cpl, host.interrupt_shadow = 0, 0
+    host.set_segment(
+        V.CS_SELECTOR,
+        Segment(fields[F.HOST_CS_SELECTOR], 0, _FLAT, _CODE64 if long_mode else _CODE32),
+    )
+    for where, selector, base in _DATA_SEGMENTS:
+        value = fields[selector]
+        start = fields[base] if base is not None else 0
+        host.set_segment(where, Segment(value, start, _FLAT if value else 0, _DATA if value else 0))
+    host.set_segment(
+        V.TR_SELECTOR, Segment(fields[F.HOST_TR_SELECTOR], fields[F.HOST_TR_BASE], _TSS_LIMIT, _TSS)
+    )
+    host.set_segment(V.LDTR_SELECTOR, Segment(0, 0, 0, 0))
+    host.gdtr_base, host.gdtr_limit = fields[F.HOST_GDTR_BASE], _TABLE_LIMIT
+    host.idtr_base, host.idtr_limit = fields[F.HOST_IDTR_BASE], _TABLE_LIMIT
+    host.sysenter_cs = fields[F.HOST_SYSENTER_CS]
+    host.sysenter_esp = fields[F.HOST_SYSENTER_ESP]
+    host.sysenter_eip = fields[F.HOST_SYSENTER_EIP]
+
+
+def _host_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
+    """EFER after the exit: loaded, or as it is with LMA and LME as the host's mode."""
+    if nested.exit_controls & ExitControls.load_efer:
+        return fields[F.HOST_EFER]
+    efer: int = vcpu.state.efer
+    if nested.exit_controls & ExitControls.host_address_space_size:
+        return efer | Efer.lma | Efer.lme
+    return efer & ~(Efer.lma | Efer.lme)
+
+
+def leave(
+    vcpu: Vcpu,
+    nested: NestedVmx,
+    reason: ExitReason,
+    qualification: int = 0,
+    *,
+    length: int = 0,
+    interruption: int = 0,
+    error_code: int = 0,
+    information: int = 0,
+    linear: int = 0,
+    physical: int = 0,
+) -> Verdict:
+    """A VM exit from L2 to L1, with its information."""
+    vmcs = nested.vmx.current
+    assert vmcs is not None, "L2 runs under a current VMCS"
+    fields = vmcs.fields
+    fields[F.EXIT_REASON] = int(reason)
+    fields[F.EXIT_QUALIFICATION] = qualification
+    fields[F.EXIT_INSTRUCTION_LENGTH] = length
+    fields[F.EXIT_INTERRUPTION_INFORMATION] = interruption
+    fields[F.EXIT_INTERRUPTION_ERROR_CODE] = error_code
+    fields[F.EXIT_INSTRUCTION_INFORMATION] = information
+    fields[F.GUEST_LINEAR_ADDRESS] = linear
+    fields[F.GUEST_PHYSICAL_ADDRESS] = physical
+    nested.reason = reason.name
+    record_vectoring(vcpu, nested, fields)
+    save_guest_state(vcpu, nested, vmcs)
+    return load_host_state(vcpu, nested, fields)
+
+
+def leave_failed_entry(vcpu: Vcpu, nested: NestedVmx, reason: int, qualification: int) -> Verdict:
+    """SDM 3C "VM-Entry Failures During or After Loading Guest State"."""
+    vmcs = nested.vmx.current
+    assert vmcs is not None, "an entry needs a current VMCS"
+    vmcs.fields[F.EXIT_REASON] = reason
+    vmcs.fields[F.EXIT_QUALIFICATION] = qualification
+    nested.exit_controls = vmcs.fields[F.EXIT_CONTROLS]
+    vcpu.processor.save(vcpu.vmcb02 if vcpu.in_l2 else vcpu.vmcb01)
+    if not vcpu.in_l2:  # vmcb02 was not touched; carry what no transition switches
+        for field in (V.RAX, V.CR2, V.DR6):
+            vcpu.vmcb02.q[field >> 3] = vcpu.vmcb01.q[field >> 3]
+        nested.resident = None if nested.resident is not vmcs else nested.resident
+    else:
+        nested.resident = None
+    return load_host_state(vcpu, nested, vmcs.fields)
+
+
+def record_vectoring(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """SDM 3C "Information for VM Exits That Occur During Event Delivery"."""
+    event = vcpu.exit.event
+    if not event:
+        fields[F.IDT_VECTORING_INFORMATION] = 0
+        return
+    fields[F.IDT_VECTORING_INFORMATION] = event & 0x8000_0FFF
+    fields[F.IDT_VECTORING_ERROR_CODE] = event >> 32
+    if event >> 8 & 7 >= 4:
+        fields[F.EXIT_INSTRUCTION_LENGTH] = vcpu.state.next_rip - vcpu.state.rip & 0xF
+    vcpu.exit.event = 0
+
+
+def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
+    """SDM 3C "Saving Guest State"."""
+    vmcb, fields, processor = vcpu.vmcb02, vmcs.fields, vcpu.processor
+    processor.save(vmcb)
+    processor.save_vmx_extra(vmcb)
+    vmcs.stale = True
+    q = vmcb.q
+    fields[F.GUEST_RIP] = q[V.RIP >> 3]
+    fields[F.GUEST_RSP] = q[V.RSP >> 3]
+    fields[F.GUEST_RFLAGS] = q[V.RFLAGS >> 3]
+    fields[F.GUEST_CR0] = q[V.CR0 >> 3]
+    fields[F.GUEST_CS_ACCESS_RIGHTS] = access_rights_of(vmcb.w[V.CS_ATTRIBUTES >> 1])
+    fields[F.ENTRY_INTERRUPTION_INFORMATION] &= ~_VALID
+    fields[F.GUEST_ACTIVITY_STATE] = _STATES[vcpu.activity]
+    fields[F.GUEST_INTERRUPTIBILITY_STATE] = _interruptibility(vcpu, nested)
+    fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS] = nested.pending_debug
+    nested.pending_debug = 0
+    controls = nested.exit_controls
+    if controls & ExitControls.save_debug_controls:
+        fields[F.GUEST_DR7] = q[V.DR7 >> 3]
+        fields[F.GUEST_DEBUGCTL] = vcpu.msrs.get(Msr.DEBUGCTL, 0)
+    if controls & ExitControls.save_efer:
+        fields[F.GUEST_EFER] = q[V.EFER >> 3]
+    if controls & ExitControls.save_pat:
+        fields[F.GUEST_PAT] = vcpu.msrs[Msr.PAT]
+    nested.save_timer(vcpu, fields)
+    if nested.capabilities.misc.exit_stores_efer_lma:
+        long_mode = q[V.EFER >> 3] & Efer.lma
+        entry_controls = fields[F.ENTRY_CONTROLS] & ~EntryControls.ia32e_mode_guest
+        new = entry_controls | (EntryControls.ia32e_mode_guest if long_mode else 0)
+        if new != fields[F.ENTRY_CONTROLS]:
+            fields[F.ENTRY_CONTROLS] = new
+            vmcs.written.add(F.ENTRY_CONTROLS)
+    if fields[F.EXIT_MSR_STORE_COUNT]:
+        store_msrs(vcpu, fields[F.EXIT_MSR_STORE_ADDRESS], fields[F.EXIT_MSR_STORE_COUNT])
+
+
+def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
+    value = 0
+    if vcpu.vmcb02.q[V.INTERRUPT_SHADOW >> 3] & 1:
+        value = (
+            InterruptibilityState.blocking_by_mov_ss
+            if nested.blocking_by_mov_ss
+            else InterruptibilityState.blocking_by_sti
+        )
+    virtual = nested.pin & PinBasedControls.virtual_nmis
+    if nested.virtual_nmi_blocked if virtual else vcpu.nmi_blocked:
+        value |= InterruptibilityState.blocking_by_nmi
+    return value
+
+
+def load_host_state(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Verdict:
+    """SDM 3C "Loading Host State": L1 goes on at its host RIP."""
+    host, q02 = vcpu.vmcb01, vcpu.vmcb02.q
+    efer = _host_efer(vcpu, nested, fields)
+    host.b[_SAVE_AREA] = nested.host_vmcb.b[_SAVE_AREA]
+    q = host.q
+    q[V.EFER >> 3] = efer
+    q[V.RAX >> 3] = q02[V.RAX >> 3]
+    q[V.CR2 >> 3] = q02[V.CR2 >> 3]
+    q[V.DR6 >> 3] = q02[V.DR6 >> 3]
+    vcpu.in_l2, vcpu.vmcb = False, host
+    vcpu.activity = Activity.ACTIVE
+    vcpu.attention = True
+    vcpu.processor.request_window(False)
+    if nested.pin & PinBasedControls.virtual_nmis:
+        nested.virtual_nmi_blocked = False
+    vcpu.load(host)
+    vcpu.processor.load_vmx_extra(host)
+    nested.save_msr(vcpu, Msr.DEBUGCTL, 0)
+    if nested.exit_controls & ExitControls.load_pat:
+        vcpu.msrs[Msr.PAT] = fields[F.HOST_PAT]
+    if fields[F.EXIT_MSR_LOAD_COUNT]:
+        address, count = fields[F.EXIT_MSR_LOAD_ADDRESS], fields[F.EXIT_MSR_LOAD_COUNT]
+        if entry.load_msrs(vcpu, address, count, nested):
+            return _abort(vcpu, nested)
+    return SWITCHED
+
+
+def _abort(vcpu: Vcpu, nested: NestedVmx) -> Verdict:
+    """A VMX abort: the processor enters the shutdown state."""
+    assert nested.vmx.current is not None
+    nested.vmx.store.abort(nested.vmx.current.gpa, _ABORT_HOST_MSR)
+    text = f"VMX abort {_ABORT_HOST_MSR}: the VM-exit MSR-load list has an entry that cannot load"
+    return Stop(Outcome(Ending.VMX_ABORT, f"{text}\n{describe.registers(vcpu)}"))
+
+
+def store_msrs(vcpu: Vcpu, address: int, count: int) -> None:
+    """SDM 3C "Saving MSRs" into the VM-exit MSR-store area: 16 bytes an entry, index first."""
+    for number in range(count):
+        where = address + 16 * number
+        value = msr.read(vcpu, vcpu.memory.u32(where))
+        if isinstance(value, int):
+            vcpu.memory.set_u64(where + 8, value)
+
+
+__all__ = ["ActivityState", "leave", "leave_failed_entry", "prepare_host_state"]
