@@ -67,7 +67,7 @@ def store(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
 
 def check_store(vcpu: Vcpu, gva: int, size: int) -> None:
     """GuestFault where a store would fault: nothing may be half done."""
-    for at in {gva, gva + size - 1 & _MASK64}:
+    for at in (gva, gva + size - 1 & _MASK64):
         hpa = vcpu.translate(at, WRITE)
         if isinstance(hpa, Fault):
             raise GuestFault(hpa)

@@ -1,0 +1,1 @@
+"""So that tests in folders below find `small_guests`."""
