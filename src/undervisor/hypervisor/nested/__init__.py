@@ -30,8 +30,9 @@ class Nested(Protocol):
     l2_exits: Mapping[int, Handler]
     """Exits of L2 that L1 did not want and that need more than the common handler."""
 
-    reason: str
-    """Why the last world switch happened, in the vendor's words; for the trace."""
+    @property
+    def reason(self) -> str:
+        """Why the last world switch happened, in the vendor's words; for the trace."""
 
     def reflect(self, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         """An exit of L2: turn it into a VM exit that L1 sees, or None when L0 handles it."""

@@ -1,4 +1,4 @@
-"""What vmcs12's controls mean for the silicon: the intercepts of vmcb02, computed when they change."""
+"""What vmcs12's controls mean for the silicon: the intercepts of vmcb02, when they change."""
 
 from __future__ import annotations
 

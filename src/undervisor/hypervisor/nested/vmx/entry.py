@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.vmx.checks import EntryInput, refresh_inputs
-from undervisor.arch.vmx.checks.msr_lists import check_msr_load, read_list
 from undervisor.arch.vmx.controls import (
     ActivityState,
     EntryControls,
@@ -24,13 +23,12 @@ from undervisor.arch.vmx.errors import VmInstructionError
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import FieldArea
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.events import Fault, Vector
+from undervisor.arch.x86.events import DB
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
 from undervisor.arch.x86.segments import UNUSABLE, Segment, attributes_of
-from undervisor.hypervisor.exits import msr
-from undervisor.hypervisor.nested.vmx import controls, exit, paging
-from undervisor.hypervisor.nested.vmx.state import EAGER, PLAIN, SEGMENTS, Vmcs
+from undervisor.hypervisor.nested.vmx import controls, exit, msr_lists, paging
+from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, EAGER, PLAIN, SEGMENTS, Vmcs
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import Switched, Verdict
 from undervisor.silicon.processor import RESUME, SiliconVmcb
@@ -39,13 +37,6 @@ from undervisor.silicon.world import VmcbField as V
 if TYPE_CHECKING:
     from undervisor.hypervisor.nested.vmx import NestedVmx
     from undervisor.hypervisor.vcpu import Vcpu
-
-ACTIVITIES: Final = {
-    ActivityState.ACTIVE: Activity.ACTIVE,
-    ActivityState.HLT: Activity.HALTED,
-    ActivityState.SHUTDOWN: Activity.SHUTDOWN,
-    ActivityState.WAIT_FOR_SIPI: Activity.WAIT_FOR_SIPI,
-}
 
 # Fields that L1 writes at almost every exit and whose rules read no lazy field but CS.
 _QUIET: Final = frozenset(
@@ -182,8 +173,8 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
     nested.resident = vmcs
     vcpu.l2_tsc_offset = nested.tsc_offset
     if fields[F.ENTRY_MSR_LOAD_COUNT]:
-        number = load_msrs(
-            vcpu, fields[F.ENTRY_MSR_LOAD_ADDRESS], fields[F.ENTRY_MSR_LOAD_COUNT], nested
+        number = msr_lists.load(
+            vcpu, nested, fields[F.ENTRY_MSR_LOAD_ADDRESS], fields[F.ENTRY_MSR_LOAD_COUNT]
         )
         if number:
             reason = ExitReason.ENTRY_FAILURE_MSR_LOADING | _FAILURE
@@ -219,10 +210,10 @@ def _pending_debug(vcpu: Vcpu, fields: dict[int, int]) -> int:
     if not pending & 0x5000 or fields[F.GUEST_ACTIVITY_STATE] != ActivityState.ACTIVE:
         return RESUME
     vcpu.state.dr6 |= pending & 0x400F
-    reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, Vector.DB)
+    reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, DB)
     if reflected is not None:
         return reflected.deliver if isinstance(reflected, Switched) else RESUME
-    return vcpu.inject(Fault(Vector.DB))
+    return vcpu.inject(DB)
 
 
 def inject_event(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
@@ -247,31 +238,6 @@ def inject_event(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
         nested.trap_pending = True
         return RESUME
     return processor.inject_software(vector, length, kind)
-
-
-def load_msrs(vcpu: Vcpu, address: int, count: int, nested: NestedVmx) -> int:
-    """Load an MSR list; the number of the entry that failed, 0 where all were loaded."""
-
-    def writable(index: int, value: int) -> bool:
-        spec = vcpu.msr_specs.get(index)
-        if spec is None:
-            return False
-        old = msr.read(vcpu, index) if spec.readable else 0
-        return not isinstance(
-            spec.legalize(old if isinstance(old, int) else 0, value, vcpu.rules, vcpu.all_msrs()),
-            Fault,
-        )
-
-    def load(index: int, value: int) -> None:
-        msr.write(vcpu, index, value)
-
-    failure = check_msr_load(
-        read_list(vcpu.memory.u64, address, count),
-        nested.capabilities,
-        writable=writable,
-        load=load,
-    )
-    return failure.number if failure else 0
 
 
 # -- how a field reaches vmcb02 -----------------------------------------------------------------

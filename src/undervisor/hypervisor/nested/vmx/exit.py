@@ -27,9 +27,8 @@ from undervisor.arch.x86.registers import (
 )
 from undervisor.arch.x86.segments import Segment, access_rights_of
 from undervisor.hypervisor import describe
-from undervisor.hypervisor.exits import msr
-from undervisor.hypervisor.nested.vmx import entry
-from undervisor.hypervisor.nested.vmx.state import Vmcs
+from undervisor.hypervisor.nested.vmx import msr_lists
+from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, Vmcs
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Ending, Outcome, Stop, Verdict
 from undervisor.silicon.world import VmcbField as V
@@ -46,7 +45,7 @@ _TABLE_LIMIT: Final = 0xFFFF
 _VALID: Final = 1 << 31
 _ENTRY_FAILURE: Final = 1 << 31
 _ABORT_HOST_MSR: Final = 4  # SDM 3C "VMX Aborts": problem loading host MSRs
-_STATES: Final = {activity: state for state, activity in entry.ACTIVITIES.items()}
+_STATES: Final = {activity: state for state, activity in ACTIVITIES.items()}
 _DATA_SEGMENTS: Final = (
     (V.ES_SELECTOR, F.HOST_ES_SELECTOR, None),
     (V.SS_SELECTOR, F.HOST_SS_SELECTOR, None),
@@ -193,7 +192,7 @@ def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
             fields[F.ENTRY_CONTROLS] = new
             vmcs.written.add(F.ENTRY_CONTROLS)
     if fields[F.EXIT_MSR_STORE_COUNT]:
-        store_msrs(vcpu, fields[F.EXIT_MSR_STORE_ADDRESS], fields[F.EXIT_MSR_STORE_COUNT])
+        msr_lists.store(vcpu, fields[F.EXIT_MSR_STORE_ADDRESS], fields[F.EXIT_MSR_STORE_COUNT])
 
 
 def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
@@ -233,7 +232,7 @@ def load_host_state(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Ve
         vcpu.msrs[Msr.PAT] = fields[F.HOST_PAT]
     if fields[F.EXIT_MSR_LOAD_COUNT]:
         address, count = fields[F.EXIT_MSR_LOAD_ADDRESS], fields[F.EXIT_MSR_LOAD_COUNT]
-        if entry.load_msrs(vcpu, address, count, nested):
+        if msr_lists.load(vcpu, nested, address, count):
             return _abort(vcpu, nested)
     return SWITCHED
 
@@ -244,15 +243,6 @@ def _abort(vcpu: Vcpu, nested: NestedVmx) -> Verdict:
     nested.vmx.store.abort(nested.vmx.current.gpa, _ABORT_HOST_MSR)
     text = f"VMX abort {_ABORT_HOST_MSR}: the VM-exit MSR-load list has an entry that cannot load"
     return Stop(Outcome(Ending.VMX_ABORT, f"{text}\n{describe.registers(vcpu)}"))
-
-
-def store_msrs(vcpu: Vcpu, address: int, count: int) -> None:
-    """SDM 3C "Saving MSRs" into the VM-exit MSR-store area: 16 bytes an entry, index first."""
-    for number in range(count):
-        where = address + 16 * number
-        value = msr.read(vcpu, vcpu.memory.u32(where))
-        if isinstance(value, int):
-            vcpu.memory.set_u64(where + 8, value)
 
 
 __all__ = ["ActivityState", "leave", "leave_failed_entry", "prepare_host_state"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Instruction, OpKind, Register
+from iced_x86 import Instruction, Mnemonic, OpKind, Register
 
 from undervisor.arch.vmx.exits import MemoryOperandInformation as M
 
@@ -78,13 +78,8 @@ def vmx_instruction(instruction: Instruction, bitness: int) -> int:
 def _field_and_operand(instruction: Instruction, registers: list[int]) -> tuple[int, int]:
     """Register forms of VMREAD (operand, field) and VMWRITE (field, operand)."""
     first, second = registers
-    is_write = instruction.op0_register != Register.NONE and instruction.mnemonic == _VMWRITE
+    is_write = instruction.mnemonic == Mnemonic.VMWRITE
     return (first, second) if is_write else (second, first)
-
-
-from iced_x86 import Mnemonic  # noqa: E402  beside its only use
-
-_VMWRITE: Final = Mnemonic.VMWRITE
 
 
 def displacement(instruction: Instruction) -> int:
@@ -103,8 +98,7 @@ def table_instruction(instruction: Instruction, bitness: int, identity: int) -> 
     if instruction.op0_kind == OpKind.REGISTER:
         return value | 1 << 10 | gpr(instruction.op0_register) << 3
     value |= memory_operand(instruction, bitness)
-    wide = bitness != 16 if not instruction.code_size == 1 else False
-    return value | (1 << 11 if wide else 0)
+    return value | (1 << 11 if bitness != 16 else 0)
 
 
 def string_io(instruction: Instruction, bitness: int) -> int:

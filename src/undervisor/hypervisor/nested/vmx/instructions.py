@@ -315,11 +315,12 @@ def vmwrite(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
     if vmcs is None:
         return fail_invalid(vcpu, decoded)
     if decoded.op1_kind == OpKind.REGISTER:
-        value: int | Fault = decode.read_register(vcpu, decoded.op1_register)
+        value = decode.read_register(vcpu, decoded.op1_register)
     else:
-        value = memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
-        if isinstance(value, Fault):
-            return Inject(value)
+        operand = memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
+        if isinstance(operand, Fault):
+            return Inject(operand)
+        value = operand
     encoding = decode.read_register(vcpu, decoded.op0_register)
     if vmcs.stale and encoding & ~HIGH in LAZY:
         vmcs.synchronize(vcpu.vmcb02)

@@ -148,7 +148,8 @@ def fill(
     vcpu: Vcpu, nested: NestedVmx, gpa: int, translation: Translation, *, written: bool
 ) -> None:
     """Enter a translation: no larger than the page of L1's RAM that it is in."""
-    assert nested.shadow is not None and nested.eptp is not None
+    assert nested.shadow is not None
+    assert nested.eptp is not None
     permissions, rights = translation.permissions, PRESENT | USER
     clean = nested.eptp & 0x40 and not (translation.entry & ept.DIRTY or written)
     if permissions & ept.WRITE and not clean and not vcpu.machine.is_rom(translation.hpa):

@@ -89,7 +89,7 @@ def rdtsc(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
 
 
 def pause(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
-    """PAUSE, and a loop of them at CPL 0. SDM 3C "Instructions That Cause VM Exits Conditionally"."""
+    """PAUSE, and a loop of them at CPL 0 ("PAUSE-loop exiting")."""
     if nested.primary & P.pause_exiting or nested.is_pause_loop(vcpu):
         return _plain(vcpu, nested, R.PAUSE)
     return None

@@ -8,13 +8,21 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from undervisor.arch.vmx.checks import EntryChecker
+from undervisor.arch.vmx.controls import ActivityState
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.segments import access_rights_of
 from undervisor.hypervisor.models import CpuModel
+from undervisor.hypervisor.vcpu import Activity
 from undervisor.silicon.memory import Memory
 from undervisor.silicon.processor import SiliconVmcb
 from undervisor.silicon.world import VmcbField as V
 
+ACTIVITIES: Final = {
+    ActivityState.ACTIVE: Activity.ACTIVE,
+    ActivityState.HLT: Activity.HALTED,
+    ActivityState.SHUTDOWN: Activity.SHUTDOWN,
+    ActivityState.WAIT_FOR_SIPI: Activity.WAIT_FOR_SIPI,
+}
 NO_VMCS: Final = (1 << 64) - 1
 SHADOW_BIT: Final = 1 << 31
 
@@ -69,9 +77,9 @@ LAZY: Final = frozenset(
 class Vmcs:
     """A VMCS that is current, with its fields as L1 would read them.
 
-    `known` are the fields that the model has; the others stay 0.  `written` are the fields that L1 has written since the last successful entry.  `stale` says
-    that the `LAZY` fields are newer in vmcb02; `resident` that vmcb02 holds this VMCS's guest
-    state, so that an entry loads only what was written.
+    `known` are the fields that the model has; the others stay 0.  `written` are the fields that
+    L1 has written since the last successful entry.  `stale` says that the `LAZY` fields are newer
+    in vmcb02.
     """
 
     gpa: int
@@ -82,8 +90,6 @@ class Vmcs:
     is_shadow: bool = False
     written: set[int] = field(default_factory=set)
     stale: bool = False
-    resident: bool = False
-    host_ready: bool = False
 
     def synchronize(self, vmcb02: SiliconVmcb) -> None:
         """Bring the lazy fields up to date from vmcb02."""
