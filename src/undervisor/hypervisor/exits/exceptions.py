@@ -12,6 +12,7 @@ from undervisor.hypervisor import decode, describe
 from undervisor.hypervisor.emulated import xsaves
 from undervisor.hypervisor.emulated.small import invpcid, random, rdpid
 from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.exits import system
 from undervisor.hypervisor.verdict import Ending, Inject, Outcome, Stop, Verdict
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ EMULATED: Final[dict[int, tuple[str, Emulation]]] = {
 def undefined(vcpu: Vcpu, exit: Exit) -> Verdict:
     """#UD: emulate an instruction that the model has and the silicon lacks; else deliver it."""
     decoded = decode.instruction(vcpu)
+    if decoded.code == Code.INT1:
+        return system.icebp(vcpu, exit)
     feature, emulate = EMULATED.get(decoded.code, ("", None))
     if (
         emulate is None

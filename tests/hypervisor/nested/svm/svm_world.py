@@ -1,8 +1,8 @@
 """A bare 64-bit L1 on one processor, its VMCB made by Python, and an L2 in assembly.
 
-    world = World("vmmcall", wants=[Intercept.VMMCALL])
-    world.run()
-    world.vmcb.exitcode
+world = World("vmmcall", wants=[Intercept.VMMCALL])
+world.run()
+world.vmcb.exitcode
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ _MOV: Final = 1 << 63
 _SELECTIVE: Final = ~int(Cr0.ts | Cr0.mp)
 _LMSW: Final = (Code.LMSW_RM16, Code.LMSW_R32M16, Code.LMSW_R64M16)
 _INVPCID: Final = (Code.INVPCID_R64_M128, Code.INVPCID_R32_M128)
+# What the silicon's #UD may be to L1.
+_OF_UNDEFINED: Final = 1 << Intercept.EXCP_UD | 1 << Intercept.INVPCID | 1 << Intercept.ICEBP
 _RDTSCP: Final = b"\x0f\x01\xf9"
 _RDTSC: Final = b"\x0f\x31"
 
@@ -91,10 +93,11 @@ def _exception(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
 def _undefined(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     """#UD; unless the processor that L1 sees has the instruction, and only ours has not."""
     wants_invpcid = svm.wanted >> Intercept.INVPCID & 1
-    wants_ud = svm.wanted >> Intercept.EXCP_UD & 1
-    if not (wants_ud or wants_invpcid):
+    if not svm.wanted & _OF_UNDEFINED:
         return None
     decoded = decode.instruction(vcpu)
+    if decoded.code == Code.INT1:
+        return _plain(svm, vcpu, ExitCode.ICEBP)
     feature, _ = exceptions.EMULATED.get(decoded.code, ("", None))
     if feature and vcpu.has(feature):
         if wants_invpcid and decoded.code in _INVPCID and not vcpu.state.cpl:
