@@ -163,3 +163,9 @@ def test_a_kind_without_a_remedy_can_not_be_declared():
 def test_an_id_can_not_be_declared_twice():
     with pytest.raises(TypeError):
         Kind("bare-metal", Layer.PLACE, Level.OK, "title", "meaning")
+
+
+def test_evidence_holds_no_control_characters_and_no_floods():
+    finding = KINDS["bare-metal"].found("\x1b[31mred\x07\udcff" + "x" * 10_000)
+    assert finding.evidence[0].startswith("?[31mred??x")
+    assert len(finding.evidence[0]) == 1000

@@ -8,6 +8,10 @@ from enum import Enum, IntEnum
 from typing import Any
 
 
+EVIDENCE_LIMIT = 1000
+"""Characters of one piece of evidence."""
+
+
 class Level(Enum):
     """How much a finding matters."""
 
@@ -91,4 +95,10 @@ class Kind:
     def found(self, *evidence: object, **words: str) -> Finding:
         """This kind, found with `evidence`."""
         remedy = self.remedy.format(**words) if words else self.remedy
-        return Finding(self, tuple(str(piece) for piece in evidence if piece), remedy)
+        pieces = (str(piece) for piece in evidence if piece)
+        return Finding(self, tuple(_printable(piece) for piece in pieces), remedy)
+
+
+def _printable(text: str) -> str:
+    """Evidence comes from a machine that may be hostile: no control characters, no floods."""
+    return "".join(c if c.isprintable() else "?" for c in text[:EVIDENCE_LIMIT])
