@@ -248,6 +248,6 @@ def run16(text, cpu="intel", *, timeout=20, prepare=None, **options):
     machine.memory.write(0x7C00, code.bytes)
     if prepare:
         prepare(machine, code.labels)
-    machine.boot(BootState(BootMode.REAL, 0x7C00, esp=0x7000))
+    machine.boot(BootState(BootMode.REAL, 0x7C00, cs=0, esp=0x7000))
     outcome = machine.run(timeout)
     return Result(machine, outcome, code.labels, machine.output)

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from undervisor.arch.svm.intercepts import Intercept, intercept_mask
+from undervisor.arch.svm.intercepts import intercept_mask
 from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootState
 from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, combine
-from undervisor.hypervisor import events
+from undervisor.hypervisor import events, intercepts
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun
 from undervisor.hypervisor.devices.serial import Input
@@ -60,44 +60,7 @@ _EXITS_BETWEEN_LOOKS: Final = 1024  # at the host's clock
 
 ROM: Final = ((0xC0000, 0x100000),)
 
-# What L0 wants to know of L1, whatever L1 runs.
-_L1_INTERCEPTS: Final = intercept_mask(
-    Intercept.CR0_WRITE,
-    Intercept.CR3_WRITE,
-    Intercept.CR4_WRITE,
-    Intercept.CR8_READ,
-    Intercept.CR8_WRITE,
-    Intercept.DR4_READ,
-    Intercept.DR5_READ,
-    *(i for i in Intercept if Intercept.DR0_WRITE <= i <= Intercept.DR7_WRITE),
-    Intercept.EXCP_UD,
-    Intercept.INTR,
-    Intercept.NMI,
-    Intercept.SMI,
-    Intercept.INIT,
-    Intercept.VINTR,
-    Intercept.RDTSC,
-    Intercept.RDPMC,
-    Intercept.CPUID,
-    Intercept.RSM,
-    Intercept.INVD,
-    Intercept.PAUSE,
-    Intercept.HLT,
-    Intercept.INVLPGA,
-    Intercept.MSR_PROT,
-    Intercept.SHUTDOWN,
-    Intercept.VMRUN,
-    Intercept.VMMCALL,
-    Intercept.VMLOAD,
-    Intercept.VMSAVE,
-    Intercept.STGI,
-    Intercept.CLGI,
-    Intercept.SKINIT,
-    Intercept.ICEBP,
-    Intercept.WBINVD,
-    Intercept.MONITOR,
-    Intercept.MWAIT,
-)
+_L1_INTERCEPTS: Final = intercept_mask(*intercepts.L1)
 
 
 class Machine:
@@ -231,6 +194,16 @@ class Machine:
         if self._outcome is None:
             self._outcome = outcome or Outcome(Ending.STOPPED, "stopped by the caller")
         self.processor.kick()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run ends at the next exit."""
+        return self._outcome is not None
+
+    def switch_to(self, vcpu: Vcpu) -> None:
+        """Between runs: make a processor the current one, to look at it."""
+        if vcpu is not self.current:
+            self._switch(self.current, vcpu)
 
     def _guest_ended(self, end: EndOfRun) -> None:
         text = f"the guest ended the run: {end.reason.value}"
@@ -430,6 +403,9 @@ class Machine:
                 if candidate.activity is Activity.ACTIVE or self._can_wake(candidate):
                     return candidate
             if not self._let_time_pass():
+                self.check_wall_clock()
+                if self._outcome is not None:
+                    break
                 text = "every processor waits for an event that cannot come"
                 self._outcome = Outcome(Ending.IDLE, text)
         return None

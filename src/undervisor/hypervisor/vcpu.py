@@ -6,6 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from undervisor.arch.bits import plain_members
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootMode, BootState
@@ -52,6 +53,7 @@ _ALIGNMENT_CHECK: Final = 0x40000
 _MASK64: Final = (1 << 64) - 1
 
 
+@plain_members
 class Activity(Enum):
     """SDM 3C "Guest Non-Register State" (activity state); all vendors have these."""
 
@@ -354,6 +356,7 @@ class Vcpu:
         self.reset()
         vmcb = self.vmcb01
         if boot.mode is BootMode.REAL:
+            vmcb.cr0 = Cr0.et  # firmware has switched the caches on
             vmcb.set_segment(VmcbField.CS_SELECTOR, real_mode_segment(boot.cs, code=True))
         else:
             vmcb.cr0 = Cr0.pe | Cr0.et

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from undervisor.arch.x86.events import GP0, UD, Fault, Vector
-from undervisor.arch.x86.registers import legalize_xcr0
+from undervisor.arch.x86.registers import Cr4, legalize_xcr0
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.vcpu import Vcpu
@@ -30,6 +30,8 @@ def invlpg(vcpu: Vcpu, exit: Exit) -> Verdict:
 def xsetbv(vcpu: Vcpu, exit: Exit) -> Verdict:
     """XSETBV. SDM 2D "XSETBV--Set Extended Control Register"."""
     q = vcpu.state.q
+    if not vcpu.state.cr4 & Cr4.osxsave:
+        return Inject(UD)
     if vcpu.state.cpl or q[1] & 0xFFFF_FFFF:
         return Inject(GP0)
     value = (q[2] & 0xFFFF_FFFF) << 32 | q[0] & 0xFFFF_FFFF

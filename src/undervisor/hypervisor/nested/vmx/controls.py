@@ -12,43 +12,13 @@ from undervisor.arch.vmx.controls import (
 )
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Vector
+from undervisor.hypervisor import intercepts
 from undervisor.hypervisor.nested.vmx.state import Vmcs
 from undervisor.silicon.world import Intercept, intercept_mask
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.nested.vmx import NestedVmx
     from undervisor.hypervisor.vcpu import Vcpu
-
-# L0 looks at all of these whatever L1 wants.
-_ALWAYS: Final = (
-    Intercept.CR0_WRITE,
-    Intercept.CR3_WRITE,
-    Intercept.CR4_WRITE,
-    Intercept.CR8_READ,
-    Intercept.CR8_WRITE,
-    Intercept.DR4_READ,
-    Intercept.DR5_READ,
-    *(i for i in Intercept if Intercept.DR0_WRITE <= i <= Intercept.DR7_WRITE),
-    Intercept.EXCP_UD,
-    Intercept.INTR,
-    Intercept.NMI,
-    Intercept.SMI,
-    Intercept.INIT,
-    Intercept.VINTR,
-    Intercept.RDTSC,
-    Intercept.RDPMC,
-    Intercept.CPUID,
-    Intercept.RSM,
-    Intercept.INVD,
-    Intercept.PAUSE,
-    Intercept.HLT,
-    Intercept.MSR_PROT,
-    Intercept.SHUTDOWN,
-    Intercept.ICEBP,
-    Intercept.WBINVD,
-    Intercept.MONITOR,
-    Intercept.MWAIT,
-)
 
 _DESCRIPTOR_TABLES: Final = (
     Intercept.IDTR_READ,
@@ -76,7 +46,7 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     nested.exit_controls = fields[F.EXIT_CONTROLS]
     nested.tsc_offset = fields[F.TSC_OFFSET] if primary & PrimaryControls.use_tsc_offsetting else 0
     nested.inputs_move = bool(primary & PrimaryControls.use_tpr_shadow)
-    bits = [*_ALWAYS, *_wanted(fields, primary, secondary)]
+    bits = [*intercepts.COMMON, *_wanted(fields, primary, secondary)]
     words = list(intercept_mask(*bits))
     words[2] |= fields[F.EXCEPTION_BITMAP] & _EXCEPTIONS
     if _page_faults_depend(fields):
