@@ -10,7 +10,21 @@ declares are reserved.  A declaration with overlapping or too wide fields fails 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from enum import Enum
+from typing import Any, ClassVar, Self, TypeVar
+
+Members = TypeVar("Members", bound=type[Enum])
+
+
+def plain_members(enumeration: Members) -> Members:
+    """Make reading a member through its class a plain look-up, as it is from Python 3.12 on.
+
+    Before, it runs a descriptor written in Python, which the tables of the manuals feel: hot
+    paths name their members a million times a second.
+    """
+    for name, member in enumeration.__members__.items():
+        type.__setattr__(enumeration, name, member)
+    return enumeration
 
 
 class Bits:

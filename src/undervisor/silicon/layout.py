@@ -11,6 +11,7 @@ from enum import IntEnum
 import unicorn.x86_const as public
 from unicorn import Uc
 
+from undervisor.arch.bits import plain_members
 from undervisor.errors import SiliconDied
 
 # From the engine's handle to its CPU, and from there to the architectural state.
@@ -22,6 +23,7 @@ CPU_EXCEPTION_INDEX = 33184
 STATE_SIZE = 5568
 
 
+@plain_members
 class Env(IntEnum):
     """Offsets into `CPUX86State`."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.bits import Bits, Register, plain_members
 from undervisor.arch.x86.events import Vector
 
 
+@plain_members
 class ExitCode(IntEnum):
     """EXITCODE values, without the manual's prefix VMEXIT_; negative ones as signed 64 bits."""
 

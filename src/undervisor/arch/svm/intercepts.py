@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 from typing import Final
 
+from undervisor.arch.bits import plain_members
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.vmcb import Vmcb, VmcbField
 
@@ -15,6 +16,7 @@ WORDS: Final = 6
 """The intercept words are 32 bits each, at 000h, 004h ... 014h."""
 
 
+@plain_members
 class Intercept(IntEnum):
     """An intercept; its value is its bit number, counted from the VMCB's first bit.
 

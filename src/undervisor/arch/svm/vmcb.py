@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.bits import Bits, Register, plain_members
 from undervisor.arch.x86.segments import Segment, SegmentRegister
 
 SIZE: Final = 0x1000
 SAVE_AREA: Final = 0x400
 
 
+@plain_members
 class VmcbField(IntEnum):
     """A field of the VMCB: its value is the byte offset, `width` its size in bytes."""
 

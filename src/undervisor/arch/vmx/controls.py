@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.bits import Bits, Register, plain_members
 from undervisor.arch.vmx.fields import VmcsField
 
 
@@ -223,6 +223,7 @@ class InterruptibilityState(Register):
     enclave_interruption = Bits(4, about="Enclave interruption")
 
 
+@plain_members
 class ActivityState(IntEnum):
     """Guest activity state."""
 

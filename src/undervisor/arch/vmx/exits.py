@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.bits import Bits, Register, plain_members
 
 
+@plain_members
 class ExitReason(IntEnum):
     """Basic exit reasons (bits 15:0 of the exit-reason field)."""
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from undervisor.arch.bits import plain_members
+
 
 class FieldWidth(IntEnum):
     """Bits 14:13 of an encoding."""
@@ -45,6 +47,7 @@ ENCODING_RESERVED = 0xFFFF_9000
 """Bits 31:15 and 12 of an encoding, which are 0 in every supported one."""
 
 
+@plain_members
 class VmcsField(IntEnum):
     """Every VMCS field, named in the manual's words, with its encoding for full access."""
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Final
 
+from undervisor.arch.bits import plain_members
+
 
 class ExceptionClass(Enum):
     """When an exception is reported and whether its instruction can be restarted."""
@@ -28,6 +30,7 @@ class Severity(Enum):
     PAGE_FAULT = "page fault"
 
 
+@plain_members
 class Vector(IntEnum):
     """The exception and interrupt vectors that the architecture defines, by mnemonic."""
 
@@ -119,6 +122,7 @@ def severity_of(vector: int) -> Severity:
     return _SEVERITIES.get(vector, Severity.BENIGN)
 
 
+@plain_members
 class EventType(IntEnum):
     """How an event is injected or was being delivered; the codes of both vendors agree.
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
-from undervisor.arch.bits import Bits, Register
+from undervisor.arch.bits import Bits, Register, plain_members
 from undervisor.arch.x86.cpuid import Processor, Vendor
 from undervisor.arch.x86.events import GP0, Fault
 from undervisor.arch.x86.registers import Efer
 
 
+@plain_members
 class Msr(IntEnum):
     """MSR numbers, by the manuals' names without the prefix `IA32_` or `MSR_`."""
 
