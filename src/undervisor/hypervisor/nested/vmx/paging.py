@@ -15,7 +15,7 @@ from undervisor.arch.vmx.exits import EptViolationQualification, ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86 import paging as guest_paging
 from undervisor.arch.x86.registers import Cr4
-from undervisor.hypervisor import access, mmio
+from undervisor.hypervisor import access, decode, mmio
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.vmx import apic, exit
@@ -209,7 +209,9 @@ def _leave(
     elif linear is not None:
         gpa = linear.entry
     if isinstance(result, EptMisconfiguration):
-        return exit.leave(vcpu, nested, ExitReason.EPT_MISCONFIGURATION, physical=gpa)
+        return exit.leave(
+            vcpu, nested, ExitReason.EPT_MISCONFIGURATION, length=_length(vcpu), physical=gpa
+        )
     qualification = result.qualification
     if linear is not None:
         qualification |= EptViolationQualification.linear_address_valid
@@ -222,9 +224,20 @@ def _leave(
         nested,
         ExitReason.EPT_VIOLATION,
         qualification,
+        length=_length(vcpu),
         linear=linear.gva if linear is not None else 0,
         physical=gpa,
     )
+
+
+def _length(vcpu: Vcpu) -> int:
+    """The length of the instruction that accessed memory, 0 where it could not be fetched.
+
+    The manual leaves the field undefined at these exits; processors write it, and L1s rely on it.
+    """
+    if vcpu.exit.event or vcpu.exit.info1 & _SILICON_FETCH:
+        return 0
+    return decode.length(vcpu) if vcpu.processor.instruction_bytes() else 0
 
 
 # -- page-modification logging ------------------------------------------------------------------

@@ -300,8 +300,10 @@ _LDTR_TR: Final = {
 }
 
 
-def descriptor_table(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict:
-    """LGDT, LIDT, LLDT, LTR, SGDT, SIDT, SLDT and STR."""
+def descriptor_table(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
+    """LGDT, LIDT, LLDT, LTR, SGDT, SIDT, SLDT and STR; LTR comes here for L0's own sake too."""
+    if not nested.secondary & S.descriptor_table_exiting:
+        return None
     decoded = decode.instruction(vcpu)
     code = ExitCode(exit.code)
     reason = R.ACCESS_TO_GDTR_OR_IDTR if code in _GDTR_IDTR else R.ACCESS_TO_LDTR_OR_TR
