@@ -1,8 +1,8 @@
 """Vulnerabilities of nested virtualization in Linux, by kernel version and stable branch: data.
 
-The fixed versions are those of the CVE records (cvelistV5, Linux CNA, as of 2026-05-28) where
-`listed` is true.  For older records, which list no stable branches, only the mainline release is
-known here, and branches before it are said to be unknown.
+The fixed versions are those of the CVE records (cvelistV5, Linux CNA, as of 2026-05-28) or, for
+older ones, of linux_kernel_cves, where `listed` is true.  For records that list no stable branches
+only the mainline release is known here, and branches before it are said to be unknown.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ CVES: tuple[Cve, ...] = (
     Cve("CVE-2021-29657", "svm", "VMRUN reads vmcb12 twice, so L1 reaches the host's MSRs",
         "5.12", since="5.10", stable=("5.11.12",)),
     Cve("CVE-2021-3653", "svm", "L1 enables AVIC for L2, which then writes host memory",
-        "5.14-rc7"),
+        "5.14-rc7", listed=True,
+        stable=("4.4.282", "4.9.281", "4.14.245", "4.19.205", "5.4.142", "5.10.60", "5.13.12")),
     Cve("CVE-2021-3656", "svm", "L2 executes VMLOAD and VMSAVE on host memory", "5.14-rc7",
-        since="4.13"),
+        since="4.13", listed=True,
+        stable=("4.14.245", "4.19.205", "5.4.142", "5.10.60", "5.13.12")),
     Cve("CVE-2022-3344", "svm", "L1 that does not intercept SHUTDOWN panics the host",
         "6.1-rc7"),
     Cve("CVE-2022-45869", "", "a race in the TDP MMU with nested guests corrupts host state",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
 
-
 EVIDENCE_LIMIT = 1000
 """Characters of one piece of evidence."""
 
