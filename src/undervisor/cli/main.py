@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
@@ -13,6 +14,8 @@ from undervisor.errors import ExitCode, UndervisorError
 
 VERBS: dict[str, str] = {
     # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
+    "run": "run",
+    "demo": "demo",
     "check": "check",
     "enable": "enable",
     "disable": "enable",
@@ -23,8 +26,8 @@ VERBS: dict[str, str] = {
 }
 
 
-def _app() -> typer.Typer:
-    """The application with every verb of `VERBS`."""
+def _app(words: Sequence[str] = ()) -> typer.Typer:
+    """The application with every verb of `VERBS`, or only the one that `words` begin with."""
     app = typer.Typer(
         name="undervisor",
         help="The hypervisor under your hypervisor.",
@@ -35,7 +38,10 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
     )
+    only = words[0] if words and words[0] in VERBS else ""  # the others cost time to import
     for verb, module in VERBS.items():
+        if only and verb != only:
+            continue
         command = importlib.import_module(f"undervisor.cli.{module}")
         member = getattr(command, verb.replace("-", "_"))
         if isinstance(member, typer.Typer):
@@ -61,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(ExitCode.OK)
     debug = "--debug" in words
     try:
-        _app()(args=[word for word in words if word != "--debug"], prog_name="undervisor")
+        words = [word for word in words if word != "--debug"]
+        _app(words)(args=words, prog_name="undervisor")
     except UndervisorError as error:
         _explain(error.message, error.hint, debug)
         sys.exit(error.exit_code)

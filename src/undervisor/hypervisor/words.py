@@ -13,7 +13,7 @@ import iced_x86
 
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.vmx.exits import ExitReason
-from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, Vector
+from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, GuestFault, Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit, code_name
@@ -75,9 +75,12 @@ def reason(vcpu: Vcpu, exit: Exit) -> str:
 def _undefined(vcpu: Vcpu, exit: Exit) -> str:
     """#UD, or the instruction that is emulated."""
     plain = "EXCP_UD" if vcpu.is_amd else _R.EXCEPTION_OR_NMI.name
-    if not vcpu.processor.instruction_bytes():
+    if vcpu.in_l2 and not vcpu.processor.instruction_bytes():
+        return plain  # a look through L1's tables could leave marks in them
+    try:
+        decoded = decode.instruction(vcpu)
+    except GuestFault:
         return plain
-    decoded = decode.instruction(vcpu)
     return _MNEMONICS[decoded.mnemonic] if decoded.code else plain
 
 
