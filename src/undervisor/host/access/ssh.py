@@ -159,14 +159,11 @@ class SshHost(ShellHost):
 
 def _request(script: str, word: str) -> bytes:
     """`script` with its stdout, status and stderr framed; the word is sent in two halves, so that
-    an echo of the request is not an answer."""
+    an echo of the request is not an answer; all in one line, so that an echo comes before it."""
     halves = f"{word[:16]} {word[16:]}"
-    text = f"""
-printf '\\nBEGIN %s%s\\n' {halves}
-e=$( {{ {script}
-}} 2>&1 1>&3 3>&- </dev/null ); s=$?
-printf '\\nEND %s%s %s\\n%s\\nDONE %s%s\\n' {halves} "$s" "$e" {halves}
-"""
+    text = f"printf '\\nBEGIN %s%s\\n' {halves}; "
+    text += f"e=$( {{ {script}; }} 2>&1 1>&3 3>&- </dev/null ); s=$?; "
+    text += f'printf \'\\nEND %s%s %s\\n%s\\nDONE %s%s\\n\' {halves} "$s" "$e" {halves}\n'
     return text.encode("utf-8", "surrogateescape")
 
 
