@@ -11,6 +11,9 @@ from undervisor.silicon import glue
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
+_EVENTINJ = VmcbField.EVENTINJ >> 3
+_VALID = 1 << 31
+
 # Exit codes that can interrupt the delivery of an event.
 _DURING_DELIVERY = frozenset(
     {*range(ExitCode.EXCP_DE, ExitCode.EXCP_DE + 32), ExitCode.NPF, ExitCode.SHUTDOWN}
@@ -34,7 +37,13 @@ class Exit:
     def take(self, code: int) -> None:
         """Begin to handle an exit."""
         self.code = code
-        self.event = self.vcpu.processor.take_interrupted_event() if code in _DURING_DELIVERY else 0
+        self.event = 0
+        if code in _DURING_DELIVERY:
+            q = self.vcpu.vmcb.q
+            event = q[_EVENTINJ]
+            if event & _VALID:
+                self.event = event
+                q[_EVENTINJ] = 0
 
     @property
     def info1(self) -> int:

@@ -14,6 +14,7 @@ from typing import Final
 from undervisor.arch.svm.intercepts import intercept_mask
 from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootState
+from undervisor.arch.x86.cpuid import Vendor
 from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, combine
 from undervisor.hypervisor import events, intercepts
 from undervisor.hypervisor.devices.clock import Clock
@@ -89,16 +90,20 @@ class Machine:
         self.quirks = frozenset(quirks)
         self.tracer = tracer
         self.memory = Memory(memory_size)
-        self.processor = Processor(self.memory)
+        self.processor = Processor(self.memory, intel=model.vendor is Vendor.INTEL)
+        self.processor.set_exit_cost(EXIT_NS // BLOCK_NS)
         self.npt01 = identity(self.memory, ROM)
         self.clock = Clock(self.now)
         self._exits = 0
         self._skipped = 0
         self._slice_end = 0
+        self._slice_over = False
+        self._armings = 0
         self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
         self._suspended: tuple[int, bool, tuple[int, int, int], tuple[int, int]] | None = None
         self.step_blocks = 0
+        self._stepping = False
         self.look_again = False
         self._random = random.Random(0)
         self.vcpus = [Vcpu(self, index) for index in range(cpus)]
@@ -126,6 +131,8 @@ class Machine:
             vcpu.exit = Exit(vcpu)
             self._prepare(vcpu.vmcb01)
             vcpu.nested = nested_for(vcpu)
+            vcpu.l1_handlers = {**EXITS, **vcpu.nested.l1_exits}
+            vcpu.l2_handlers = {**EXITS, **vcpu.nested.l2_exits}
         self.current = self.vcpus[0]
 
     def _prepare(self, vmcb: SiliconVmcb) -> None:
@@ -150,7 +157,7 @@ class Machine:
 
     def now(self) -> int:
         """Virtual time in nanoseconds since power-on; the TSC before offsets."""
-        return self.processor.blocks * BLOCK_NS + self._exits * EXIT_NS + self._skipped
+        return self.processor.blocks * BLOCK_NS + self._skipped
 
     @property
     def exits(self) -> int:
@@ -217,12 +224,12 @@ class Machine:
         vcpu = self.current
         exit = vcpu.exit
         exit.take(code)
-        tracing = self.tracer.wants
-        before = self.tracer.before(vcpu, exit) if tracing else None
-        verdict = self._decide(vcpu, exit)
-        if tracing:
-            self.tracer.after(vcpu, exit, before, verdict)
-        action = self._apply(vcpu, exit, verdict)
+        decide = self._traced if self.tracer.wants else self._decide
+        action = self._apply(vcpu, exit, decide(vcpu, exit))
+        if vcpu.step is not None:
+            self._judge_step(vcpu, exit, action)
+        elif action == RUN_ON and self._nothing_new(vcpu):
+            return RUN_ON
         if self._outcome is not None:
             return self._suspend(action)
         if action == RUN_ON:
@@ -233,6 +240,23 @@ class Machine:
         at_once = action != RUN_ON and self.current.attention
         self.processor.set_budget(0 if at_once else self._budget())
         return action
+
+    def _traced(self, vcpu: Vcpu, exit: Exit) -> Verdict:
+        before = self.tracer.before(vcpu, exit)
+        verdict = self._decide(vcpu, exit)
+        self.tracer.after(vcpu, exit, before, verdict)
+        return verdict
+
+    def _nothing_new(self, vcpu: Vcpu) -> bool:
+        """Whether the budget that was set still says when the loop must look again."""
+        return not (
+            vcpu.attention
+            or self._outcome is not None
+            or self.step_blocks
+            or self.look_again
+            or self._slice_over
+            or self.clock.armings != self._armings
+        )
 
     def _suspend(self, action: int) -> int:
         """The run ends here; should it be continued, `action` is what is still to be done."""
@@ -269,13 +293,12 @@ class Machine:
         """Who handles the exit, and what is to be done."""
         try:
             if vcpu.in_l2:
-                nested = vcpu.nested
-                verdict = nested.reflect(vcpu, exit)
+                verdict = vcpu.nested.reflect(vcpu, exit)
                 if verdict is not None:
                     return verdict
-                handler = nested.l2_exits.get(exit.code) or EXITS.get(exit.code)
+                handler = vcpu.l2_handlers.get(exit.code)
             else:
-                handler = vcpu.nested.l1_exits.get(exit.code) or EXITS.get(exit.code)
+                handler = vcpu.l1_handlers.get(exit.code)
             if handler is None:
                 return _unknown(vcpu, exit)
             return handler(vcpu, exit)
@@ -301,7 +324,7 @@ class Machine:
             vcpu.attention = True
             return action
         if isinstance(verdict, Yield):
-            self._slice_end = 0
+            self._slice_over = True
             return vcpu.advance(verdict.advance)
         assert isinstance(verdict, Stop)
         self._outcome = verdict.outcome
@@ -360,10 +383,17 @@ class Machine:
         self._outcome = verdict.outcome
         return LEAVE
 
-    def step_instruction(self, vcpu: Vcpu) -> None:
-        """Leave the guest after one instruction: the silicon's trap flag, unseen by the guest."""
-        self.look_again = False
-        self.step_blocks = 1
+    def _judge_step(self, vcpu: Vcpu, exit: Exit, action: int) -> None:
+        """Whether the instruction that is stepped over is behind the guest now.
+
+        A budget exit comes at the entry of a block, which has been counted: the step's own block
+        or a delivery lies before it, unless somebody kicked the processor.
+        """
+        step, q = vcpu.step, vcpu.state.q
+        assert step is not None
+        ran = exit.code == EXIT_BUDGET and self.processor.blocks - step.blocks > 1
+        if ran or action != RUN_ON or q[16] != step.rip or q[1] != step.count:
+            vcpu.end_step()
 
     # -- scheduling ----------------------------------------------------------------------------
 
@@ -382,12 +412,13 @@ class Machine:
                     return LEAVE
                 if action != RUN_ON:
                     return action
-            slice_over = self.processor.blocks >= self._slice_end
+            slice_over = self._slice_over or self.processor.blocks >= self._slice_end
             if vcpu.activity is Activity.ACTIVE and not slice_over:
                 return RUN_ON
             following = self._next_vcpu(vcpu)
             if following is None:
                 return LEAVE
+            self._slice_over = False
             self._slice_end = self.processor.blocks + SLICE_BLOCKS
             if following is not vcpu:
                 self._switch(vcpu, following)
@@ -448,9 +479,19 @@ class Machine:
 
     def _budget(self) -> int:
         """Blocks until the loop must look again."""
+        self._armings = self.clock.armings
         if self.look_again:
             self.look_again = False
             return 0
+        step = self.current.step
+        if step is not None:
+            step.blocks = self.processor.blocks
+            self._stepping = True
+            self.processor.step()
+            return 1
+        if self._stepping:
+            self._stepping = False
+            self.processor.forget_step()
         if self.step_blocks:
             blocks, self.step_blocks = self.step_blocks, 0
             return blocks

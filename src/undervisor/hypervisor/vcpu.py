@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -34,7 +35,7 @@ from undervisor.arch.x86.registers import (
 from undervisor.arch.x86.segments import Segment, real_mode_segment
 from undervisor.hypervisor.models.leaves import CpuidState
 from undervisor.hypervisor.verdict import RESUME, Inject, Verdict
-from undervisor.silicon.layout import Env
+from undervisor.silicon.layout import Env, Hflags
 from undervisor.silicon.memory import PAGE
 from undervisor.silicon.processor import RESUME as RUN_ON
 from undervisor.silicon.processor import SiliconVmcb
@@ -43,10 +44,12 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.devices.lapic import Lapic
     from undervisor.hypervisor.exit import Exit
     from undervisor.hypervisor.machine import Machine
-    from undervisor.hypervisor.nested import Nested
+    from undervisor.hypervisor.nested import Handler, Nested
 
 # The silicon keeps intercept words 3 and 4 as one quadword.
 IRET_MASK: Final = 1 << (Intercept.IRET - Intercept.INTR)
+_RIP, _RFLAGS, _HFLAGS = Env.RIP >> 3, Env.RFLAGS >> 3, Env.HFLAGS >> 2
+_CODE64, _SHADOW = 1 << Hflags.CS64, 1 << Hflags.INTERRUPT_SHADOW
 _TRAP_FLAG: Final = 0x100
 _INTERRUPT_FLAG: Final = 0x200
 _ALIGNMENT_CHECK: Final = 0x40000
@@ -63,6 +66,15 @@ class Activity(Enum):
     WAIT_FOR_SIPI = "wait-for-SIPI"
 
 
+@dataclass(slots=True)
+class Step:
+    """One instruction that is being stepped over: where it began, and when."""
+
+    rip: int
+    count: int
+    blocks: int
+
+
 class Vcpu:
     """One logical processor of L1.
 
@@ -74,6 +86,8 @@ class Vcpu:
     lapic: Lapic
     nested: Nested
     exit: Exit
+    l1_handlers: dict[int, Handler]
+    l2_handlers: dict[int, Handler]
 
     def __init__(self, machine: Machine, index: int) -> None:
         self.machine = machine
@@ -89,8 +103,11 @@ class Vcpu:
         self.in_l2 = False
         self.activity = Activity.ACTIVE if index == 0 else Activity.WAIT_FOR_SIPI
         self.attention = False
+        self.step: Step | None = None
+        self.stepped = False
         self.nmi_pending = 0
         self.nmi_blocked = False
+        self.smi_pending = False
         self.init_pending = False
         self.sipi_vector: int | None = None
         self.gif = True
@@ -123,7 +140,9 @@ class Vcpu:
         self.attention = True
 
     def smi(self) -> None:
-        """System-management mode is not modelled: an SMI is ignored."""
+        """An SMI arrived.  L1 may intercept it in L2; system-management mode is not modelled."""
+        self.smi_pending = True
+        self.attention = True
 
     def wake(self) -> None:
         """The local APIC has an interrupt to deliver."""
@@ -173,11 +192,12 @@ class Vcpu:
 
     def advance(self, length: int) -> int:
         """Complete an instruction of `length` bytes; the silicon's action to go on with."""
-        state = self.state
-        rip = state.q[16] + length
-        state.q[16] = rip if state.hflags & 0x8000 else rip & 0xFFFF_FFFF
-        state.end_interrupt_shadow()
-        if state.q[17] & _TRAP_FLAG or self.debug_conditions:
+        q, d = self.state.q, self.state.d
+        rip, hflags = q[_RIP] + length, d[_HFLAGS]
+        q[_RIP] = rip if hflags & _CODE64 else rip & 0xFFFF_FFFF
+        if hflags & _SHADOW:
+            d[_HFLAGS] = hflags & ~_SHADOW
+        if q[_RFLAGS] & _TRAP_FLAG or self.debug_conditions:
             return self.machine.raise_trap(self, self._debug_trap())
         return RUN_ON
 
@@ -191,13 +211,32 @@ class Vcpu:
     def stops_after_iteration(self, conditions: int) -> bool:
         """Whether a repeated string instruction traps now: a single step, or `conditions`."""
         self.debug_conditions |= conditions
+        if self.step is not None:
+            return True
         return bool(self.debug_conditions or self.state.q[17] & _TRAP_FLAG)
 
     def interrupted_iteration(self) -> Verdict:
         """A repeated string instruction is not finished: run it again, after a #DB that is due."""
-        if self.stops_after_iteration(0):
+        if self.debug_conditions or self.state.q[17] & _TRAP_FLAG:
             return Inject(self._debug_trap())
         return RESUME
+
+    def begin_step(self) -> None:
+        """Run one instruction, or one iteration with REP; then `stepped` and `attention` are set.
+
+        What is delivered first or in the instruction's place ends the step behind the delivery.
+        An instruction that L0 carries out, or must let begin again, makes no difference.
+        """
+        state = self.state
+        self.step = Step(state.q[16], state.q[1], self.processor.blocks)
+
+    def cancel_step(self) -> None:
+        """The world is left: the step ends with nobody told."""
+        self.step, self.stepped = None, False
+
+    def end_step(self) -> None:
+        """The step is over."""
+        self.step, self.stepped, self.attention = None, True, True
 
     def inject(self, fault: Fault) -> int:
         """Prepare an exception of the running world; the silicon's action that delivers it."""

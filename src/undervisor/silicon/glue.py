@@ -314,6 +314,20 @@ declare ptr @llvm.returnaddress(i32)
 @kicked = global i64 0
 
 ; Every exception and every #VMEXIT comes here from the emulator's main loop.
+@exit_cost = global i64 0
+
+; An exit takes as much of the clock and of the budget as this many blocks.
+define void @charge() {{
+  %cost = load i64, ptr @exit_cost
+  %count = load i64, ptr @blocks
+  %later = add i64 %count, %cost
+  store i64 %later, ptr @blocks
+  %left = load i64, ptr @budget
+  %less = sub i64 %left, %cost
+  store i64 %less, ptr @budget
+  ret void
+}}
+
 define void @on_interrupt(ptr %uc, i32 %number, ptr %user) {{
   %cpu = load ptr, ptr @cpu
   %env = load ptr, ptr @env
@@ -334,6 +348,7 @@ spent:
 leave:
   %code = phi i32 [ %real, %exit ], [ {EXIT_BUDGET}, %spent ]
   call void @fetch(ptr %env)
+  call void @charge()
   %action = call i32 @on_exit(i32 %code)
   switch i32 %action, label %done [ i32 {ACTION_STOP}, label %stop
                                     i32 {ACTION_DELIVER}, label %deliver

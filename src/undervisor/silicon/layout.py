@@ -17,6 +17,7 @@ from undervisor.errors import SiliconDied
 # From the engine's handle to its CPU, and from there to the architectural state.
 ENGINE_CPU = 440
 CPU_ENV_POINTER = 296
+CPU_NEXT_BLOCK_FLAGS = 24
 CPU_INTERRUPT_REQUEST = 28
 CPU_HALTED = 33176
 CPU_EXCEPTION_INDEX = 33184
@@ -82,6 +83,7 @@ class Env(IntEnum):
 
 
 # Words of CPUID beyond the parked state: what the translator takes an instruction for.
+VENDOR = 5616  # the first of CPUID's three words of four letters
 FEATURES_1_ECX = 5640
 FEATURES_7_EBX = 5648
 _RDRAND = 1 << 30
@@ -129,6 +131,11 @@ NESTED_PAGING_LONG_NX = 0b111  # PAE, long mode, no-execute
 
 INTERRUPT_VIRTUAL = 0x100
 
+# How the next block is to be translated, once: -1 as ever, else flags with the number of
+# instructions in their low bits.
+NEXT_BLOCK_AS_EVER = 0xFFFF_FFFF
+NEXT_BLOCK_ONE_INSTRUCTION = 1
+
 _REINSTALL = "the layout is that of the unicorn 2.1.4 wheel for Linux x86_64; reinstall it"
 
 _PROBES = (
@@ -160,8 +167,21 @@ def verify(engine: Uc, state: memoryview) -> None:
     for msr, offset, value in _MSR_PROBES:
         engine.msr_write(msr, value)
         _expect(state, offset, value)
+    _expect_flags(engine)
     engine.reg_write(public.UC_X86_REG_GDTR, (0, 0x1234_5000, 0x7F, 0))
     _expect(state, Env.GDTR + SEGMENT_BASE, 0x1234_5000)
+
+
+def _expect_flags(engine: Uc) -> None:
+    handle = engine._uch
+    handle = int(handle.value if hasattr(handle, "value") else handle)
+    cpu = ctypes.c_uint64.from_address(handle + ENGINE_CPU).value
+    found = ctypes.c_uint32.from_address(cpu + CPU_NEXT_BLOCK_FLAGS).value
+    if found != NEXT_BLOCK_AS_EVER:
+        raise SiliconDied(
+            f"the flags of the next block are not where they should be: {found:#x}",
+            hint=_REINSTALL,
+        )
 
 
 def hide_random_numbers(env: int) -> None:
@@ -179,6 +199,17 @@ def hide_random_numbers(env: int) -> None:
                 hint=_REINSTALL,
             )
     ctypes.c_uint64.from_address(env + FEATURES_1_ECX).value &= ~_RDRAND
+
+
+def be_intel(env: int) -> None:
+    """Let SYSENTER and SYSEXIT exist in long mode, as on Intel's processors."""
+    vendor = (ctypes.c_char * 4).from_address(env + VENDOR)
+    if vendor.raw != b"Auth":
+        raise SiliconDied(
+            f"the processor's vendor is not where it should be: offset {VENDOR} holds {vendor.raw!r}",
+            hint=_REINSTALL,
+        )
+    vendor.raw = b"Genu"
 
 
 def _expect(state: memoryview, offset: int, value: int) -> None:

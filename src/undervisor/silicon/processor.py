@@ -55,10 +55,11 @@ class SiliconVmcb(Vmcb):
 class Processor:
     """Unicorn as an AMD processor that is always in guest mode.
 
+    `intel` decides where the vendors differ in what the silicon does itself.
     One processor carries any number of vCPUs in turn: `park` and `unpark` move the whole state.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, *, intel: bool = False) -> None:
         library.check_version()
         self.memory = memory
         self.engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
@@ -70,6 +71,8 @@ class Processor:
         self._cpu, self._env = self.state.cpu, self.state.env
         layout.verify(self.engine, self.state.bytes)
         layout.hide_random_numbers(self._env)
+        if intel:
+            layout.be_intel(self._env)
         self._error: BaseException | None = None
         self._on_exit: OnExit = lambda code: STOP
         self._callback = _CALLBACK(self._leave)
@@ -106,6 +109,7 @@ class Processor:
         variable("env", self.state.env)
         self._budget = variable("budget", _NO_LIMIT)
         self._blocks = variable("blocks", 0)
+        self._exit_cost = variable("exit_cost", 0)
         self._kicked = variable("kicked", 0)
         resume, fault = fixes.walk_addresses()
         variable("walk_resume", resume)
@@ -183,6 +187,10 @@ class Processor:
         """How many blocks of guest code have been entered: the deterministic clock."""
         return self._blocks.value
 
+    def set_exit_cost(self, blocks: int) -> None:
+        """Let the clock and the budget take every exit for as many blocks."""
+        self._exit_cost.value = blocks
+
     def uncount_block(self) -> None:
         """Take back the block at whose entry a budget exit stopped the guest."""
         self._blocks.value -= 1
@@ -194,6 +202,18 @@ class Processor:
     def set_budget(self, blocks: int) -> None:
         """From `on_exit`: the next budget exit comes after `blocks` more blocks."""
         self._budget.value = blocks
+
+    def step(self) -> None:
+        """From `on_exit`: the next block is one instruction, or one iteration with REP.
+
+        With a budget of 1 the exit comes behind it, or behind the delivery of the exception that
+        it raises.  The guest's own trap flag has no part in it.
+        """
+        self.state.next_block_flags.value = layout.NEXT_BLOCK_ONE_INSTRUCTION
+
+    def forget_step(self) -> None:
+        """A step that another exit came before."""
+        self.state.next_block_flags.value = layout.NEXT_BLOCK_AS_EVER
 
     def kick(self) -> None:
         """From any thread: a budget exit at the next block."""

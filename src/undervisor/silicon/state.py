@@ -10,6 +10,7 @@ from undervisor.silicon.layout import (
     CPU_ENV_POINTER,
     CPU_EXCEPTION_INDEX,
     CPU_INTERRUPT_REQUEST,
+    CPU_NEXT_BLOCK_FLAGS,
     ENGINE_CPU,
     SEGMENT_BASE,
     SEGMENT_FLAGS,
@@ -90,6 +91,7 @@ class State:
         self.q = self.bytes.cast("Q")
         self.d = self.bytes.cast("I")
         self.interrupt_request = ctypes.c_uint32.from_address(self.cpu + CPU_INTERRUPT_REQUEST)
+        self.next_block_flags = ctypes.c_uint32.from_address(self.cpu + CPU_NEXT_BLOCK_FLAGS)
         self.exception_index = ctypes.c_uint32.from_address(self.cpu + CPU_EXCEPTION_INDEX)
         self._read_eflags = library.function("helper_read_eflags")
 

@@ -36,14 +36,17 @@ class Timer:
 
 
 class Clock:
-    """The timers of one machine, in order of deadline, then of arming."""
+    """The timers of one machine, in order of deadline, then of arming.
 
-    __slots__ = ("_heap", "_stale", "_turns", "now")
+    `armings` counts them: while it stays the same, no deadline has come nearer.
+    """
+
+    __slots__ = ("_heap", "_stale", "armings", "now")
 
     def __init__(self, now: Callable[[], int]) -> None:
         self.now = now
         self._heap: list[tuple[int, int, Timer]] = []
-        self._turns = 0
+        self.armings = 0
         self._stale = 0
 
     def timer(self, callback: Callable[[], None]) -> Timer:
@@ -78,10 +81,10 @@ class Clock:
     def _arm(self, timer: Timer, deadline: int) -> None:
         if timer.deadline is not None:
             self._forget()
-        self._turns += 1
-        timer._turn = self._turns
+        self.armings += 1
+        timer._turn = self.armings
         timer.deadline = deadline
-        heappush(self._heap, (deadline, self._turns, timer))
+        heappush(self._heap, (deadline, self.armings, timer))
 
     def _forget(self) -> None:
         """Account for an entry that became stale; rebuild the heap when they prevail."""
