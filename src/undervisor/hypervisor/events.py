@@ -30,6 +30,7 @@ def deliver(vcpu: Vcpu) -> int:
     if not vcpu.gif:
         vcpu.processor.request_window(False)
         return RESUME
+    vcpu.smi_pending = False  # there is no system-management mode to enter
     if vcpu.nmi_pending and not vcpu.nmi_blocked and not vcpu.state.interrupt_shadow:
         return inject_nmi(vcpu)
     return deliver_interrupt(vcpu)

@@ -118,9 +118,17 @@ def test_without_nxe_every_nested_page_is_executable_and_bit_63_reserved():
 
 def test_what_the_host_s_supervisor_may_do_plays_no_part():
     rules = nested_rules(Cr4.pae | Cr4.smep | Cr4.smap | Cr4.pke, LONG, 48)
-    assert rules is nested_rules(Cr4.pae, LONG, 48)
+    assert rules is nested_rules(Cr4.pae | Cr4.smep, LONG, 48)
     memory = build(GPA, 0x5000 | ALL | 1 << 59)
     assert isinstance(translate(memory, access=FETCH, rules=rules), Translation)
+
+
+def test_smep_without_nxe_makes_a_fault_tell_that_it_was_a_fetch():
+    memory = build(GPA, 0)
+    for cr4, fetch in ((Cr4.pae, 0), (Cr4.pae | Cr4.smep, FETCH)):
+        fault = translate(memory, access=FETCH, rules=nested_rules(cr4, LONG & ~Efer.nxe, 48))
+        assert isinstance(fault, NestedPageFault)
+        assert fault.exit_info1 & FETCH == fetch
 
 
 def test_accessed_and_dirty_are_set_as_for_the_access():

@@ -245,9 +245,11 @@ _rule(
 )
 _rule(
     "msrpm.range",
-    "The MSR permission map, 8 KiB, must end within the physical address size",
+    "The MSR permission map, 8 KiB, must end below the last supported physical address",
     (F.MSRPM_BASE_PA,),
-    lambda s, c: (s[F.MSRPM_BASE_PA] & -PAGE) + MSRPM_SIZE <= 1 << c.physical_width,
+    # "Extends to a physical address that is greater than or equal to the maximum": the last byte
+    # of the address space is that maximum, and the last byte of the IOPM is never looked at.
+    lambda s, c: (s[F.MSRPM_BASE_PA] & -PAGE) + MSRPM_SIZE < 1 << c.physical_width,
     "put the MSR permission map below the supported physical address size",
     assumes="CPUID Fn8000_0008_EAX[PhysAddrSize]",
 )

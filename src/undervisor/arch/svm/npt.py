@@ -42,8 +42,9 @@ class NestedPageFault(NamedTuple):
 
 NestedWalk = Translation | NestedPageFault
 
-# Which of the host's control bits shape the nested tables.
-_CR4_BITS: Final = Cr4.pae | Cr4.pse | Cr4.la57
+# Which of the host's control bits shape the nested tables.  SMEP refuses nothing, as all accesses
+# are user accesses; but like NXE it makes faults tell fetches.
+_CR4_BITS: Final = Cr4.pae | Cr4.pse | Cr4.la57 | Cr4.smep
 _EFER_BITS: Final = Efer.lma | Efer.nxe
 
 # The guest-physical addresses that the tables of a mode can translate.

@@ -22,7 +22,7 @@ from undervisor.arch.x86.registers import (
     Efer,
     Rflags,
 )
-from undervisor.hypervisor.nested.svm.exit import write_information
+from undervisor.hypervisor.nested.svm.exit import host_goes_on, write_information
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
 from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import RESUME, SiliconVmcb
@@ -42,6 +42,7 @@ _EFER, _CR0, _RFLAGS = F.EFER >> 3, F.CR0 >> 3, F.RFLAGS >> 3
 _DR6, _DR7, _EVENTINJ, _NRIP = F.DR6 >> 3, F.DR7 >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
 _LME, _LMA, _PE, _PG = int(Efer.lme), int(Efer.lma), int(Cr0.pe), int(Cr0.pg)
 _VM, _IF, _NP_ENABLE = int(Rflags.vm), int(Rflags.if_), int(NestedControl.np_enable)
+_NOT_RF: Final = (1 << 64) - 1 & ~int(Rflags.rf)
 _PAT: Final = int(Msr.PAT)
 _DR6_ONES, _DR7_ONES = int(DR6_FIXED_ONE), int(DR7_FIXED_ONE)
 _RIP_NOW, _RFLAGS_NOW = Env.RIP >> 3, Env.RFLAGS >> 3
@@ -85,7 +86,7 @@ def fail(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict
     vcpu.gif = False
     vcpu.processor.request_window(False)
     svm.reason = "#VMEXIT(INVALID)"
-    return SWITCHED
+    return host_goes_on(vcpu)
 
 
 def _behind(vcpu: Vcpu, length: int) -> int:
@@ -100,6 +101,7 @@ def save_host(vcpu: Vcpu, svm: SvmState, length: int) -> None:
     live = state.q
     live[_RIP_NOW] = _behind(vcpu, length)
     state.end_interrupt_shadow()
+    live[_RFLAGS_NOW] &= _NOT_RF
     svm.host_interrupts = bool(live[_RFLAGS_NOW] & _IF)
     vcpu.processor.save(vcpu.vmcb01)
 

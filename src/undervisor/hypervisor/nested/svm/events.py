@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.svm.exits import ExitCode
+from undervisor.arch.svm.exits import ExitCode, SmiInfo
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import VirtualInterrupt
 from undervisor.arch.x86.events import Fault, Vector
@@ -36,33 +36,33 @@ def take_init(vcpu: Vcpu, svm: SvmState) -> int | None:
     if not vcpu.gif:
         return INIT_BLOCKED
     if vcpu.in_l2 and svm.wanted >> Intercept.INIT & 1:
-        leave(vcpu, svm, ExitCode.INIT)
-        return RESUME
+        return leave(vcpu, svm, ExitCode.INIT).deliver
     if not vcpu.msrs[Msr.VM_CR] & VmCr.r_init:
         return None
     vcpu.init_pending = False
     vcpu.activity = Activity.ACTIVE
-    if vcpu.in_l2 and reflect.fault(vcpu, svm, 0, _SX) is not None:
-        return RESUME
-    return vcpu.inject(_SX)
+    reflected = reflect.fault(vcpu, svm, 0, _SX) if vcpu.in_l2 else None
+    return vcpu.inject(_SX) if reflected is None else reflected.deliver
 
 
 def deliver(vcpu: Vcpu, svm: SvmState) -> int:
     """What waits while L2 runs: an exit to L1 or an injection; the silicon's action."""
     window = False
     if vcpu.gif:
+        if vcpu.smi_pending:
+            vcpu.smi_pending = False
+            if svm.wanted >> Intercept.SMI & 1:
+                return leave(vcpu, svm, ExitCode.SMI, SmiInfo.smisrc).deliver
         if vcpu.nmi_pending and not vcpu.nmi_blocked:
             if svm.wanted >> Intercept.NMI & 1:
-                leave(vcpu, svm, ExitCode.NMI)
-                return RESUME
+                return leave(vcpu, svm, ExitCode.NMI).deliver
             if not vcpu.state.interrupt_shadow:
                 return events.inject_nmi(vcpu)
             vcpu.machine.step_blocks = 1
         if vcpu.lapic.pending() is not None:
             if _host_takes_interrupts(vcpu, svm):
                 if svm.wanted >> Intercept.INTR & 1:
-                    leave(vcpu, svm, ExitCode.INTR)
-                    return RESUME
+                    return leave(vcpu, svm, ExitCode.INTR).deliver
                 if not vcpu.state.interrupt_shadow:
                     return _interrupt(vcpu, vcpu.lapic.acknowledge())
             window = True
@@ -90,8 +90,7 @@ def _has_priority(svm: SvmState) -> bool:
 def _virtual_interrupt(vcpu: Vcpu, svm: SvmState) -> int:
     """V_IRQ can be taken: the VINTR exit comes before, and leaves it pending."""
     if svm.wanted >> Intercept.VINTR & 1:
-        leave(vcpu, svm, ExitCode.VINTR)
-        return RESUME
+        return leave(vcpu, svm, ExitCode.VINTR).deliver
     svm.virtual &= ~_V_IRQ
     return _interrupt(vcpu, svm.vector)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.vmcb import VmcbField as F
+from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import DR7_FIXED_ONE
+from undervisor.arch.x86.registers import DR7_FIXED_ONE, Dr6, Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.vcpu import Activity
-from undervisor.hypervisor.verdict import SWITCHED, Verdict
+from undervisor.hypervisor.verdict import SWITCHED, Switched
 from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import SiliconVmcb
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _MASK64: Final = (1 << 64) - 1
-_RIP, _CR2_NOW, _DR6_NOW = Env.RIP >> 3, Env.CR2 >> 3, Env.DR6 >> 3
+_TF: Final = int(Rflags.tf)
+_RIP, _RFLAGS, _CR2_NOW, _DR6_NOW = Env.RIP >> 3, Env.RFLAGS >> 3, Env.CR2 >> 3, Env.DR6 >> 3
 # This is the path of every exit: plain numbers, computed once, in place of the enumerations.
 _EXITCODE, _EVENTINJ, _NRIP = F.EXITCODE >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
 _G_PAT, _CR2, _DR6, _DR7 = F.G_PAT >> 3, F.CR2 >> 3, F.DR6 >> 3, F.DR7 >> 3
@@ -44,7 +46,7 @@ def leave(
     event: int = 0,
     next_rip: int = 0,
     fetched: bytes = b"",
-) -> Verdict:
+) -> Switched:
     """End L2's run with an exit that L1 sees."""
     vmcb12 = svm.vmcb12
     assert vmcb12 is not None, "L2 runs"
@@ -60,7 +62,15 @@ def leave(
         vcpu.msrs[_PAT] = svm.host_pat
     _load_host(vcpu)
     svm.reason = _REASONS[code]
-    return SWITCHED
+    return host_goes_on(vcpu)
+
+
+def host_goes_on(vcpu: Vcpu) -> Switched:
+    """A trace trap of the host's VMRUN comes after the #VMEXIT. APM 2 "VMRUN and TF/RF"."""
+    if not vcpu.state.q[_RFLAGS] & _TF:
+        return SWITCHED
+    vcpu.state.dr6 |= Dr6.bs
+    return Switched(vcpu.processor.inject_exception(Vector.DB, None))
 
 
 def write_information(vmcb: SiliconVmcb, code: int, info1: int, info2: int, event: int) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.svm.vmcb import VmcbField as F
-from undervisor.arch.x86.events import GP0, GuestFault
+from undervisor.arch.x86.events import DB, GP0, GuestFault
 from undervisor.arch.x86.paging import sign_extend
+from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.nested.svm import entry
-from undervisor.hypervisor.verdict import ADVANCE, Verdict
+from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
 from undervisor.silicon.layout import Env
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.nested.svm.state import SvmState
     from undervisor.hypervisor.vcpu import Vcpu
 
+_DR0, _DR7, _RFLAGS = Env.DR0 >> 3, Env.DR7 >> 3, Env.RFLAGS >> 3
+_BREAKPOINTS: Final = 0xFF
 _PLAIN_LENGTH: Final = 3
 _ADDRESS_SIZE: Final = 0x67
 _OPCODE: Final = 0x0F
@@ -30,6 +33,8 @@ _EXTRA_BASES: Final = (F.FS_BASE, F.GS_BASE, F.LDTR_BASE, F.TR_BASE, F.KERNEL_GS
 def vmrun(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
     """VMRUN rAX."""
     # FAULTS
+    if vcpu.state.q[_DR7] & _BREAKPOINTS and _at_breakpoint(vcpu):
+        return Inject(DB)
     gpa, length = physical_operand(vcpu)
     # CHECKS
     vmcb12 = svm.at(gpa)
@@ -39,6 +44,25 @@ def vmrun(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
         return entry.fail(vcpu, svm, vmcb12, length)
     # OPERATION, SUCCESS
     return entry.enter(vcpu, svm, vmcb12, length)
+
+
+def _at_breakpoint(vcpu: Vcpu) -> bool:
+    """Whether an instruction breakpoint is on this VMRUN; says so in DR6.
+
+    The silicon knows no breakpoints; but this is what RFLAGS.RF of the host is about.
+    """
+    state = vcpu.state
+    if state.q[_RFLAGS] & Rflags.rf:
+        return False
+    dr7, rip = state.q[_DR7], vcpu.linear_rip()
+    hits = sum(
+        1 << n
+        for n in range(4)
+        if dr7 >> 2 * n & 3 and not dr7 >> (16 + 4 * n) & 0xF and state.q[_DR0 + n] == rip
+    )
+    if hits:
+        state.dr6 = state.dr6 & ~0xF | hits
+    return bool(hits)
 
 
 def vmload(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:

@@ -18,7 +18,7 @@ from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, exceptions, io
 from undervisor.hypervisor.nested.svm import paging, permissions
 from undervisor.hypervisor.nested.svm.exit import leave, next_rip
-from undervisor.hypervisor.verdict import Verdict
+from undervisor.hypervisor.verdict import Switched, Verdict
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.exit import Exit
@@ -56,7 +56,7 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     )
 
 
-def fault(vcpu: Vcpu, svm: SvmState, event: int, raised: Fault) -> Verdict | None:
+def fault(vcpu: Vcpu, svm: SvmState, event: int, raised: Fault) -> Switched | None:
     """An exception of L2: the exit that L1 sees, or None when L2 gets it.
 
     The error code is EXITINFO1; a page fault's address is EXITINFO2, and CR2 stays.
