@@ -275,8 +275,9 @@ class Machine:
             return self._on_exit(code)
         action, window, (index, error, is_int), (next_rip, old) = self._suspended
         self._suspended = None
-        if code == EXIT_BUDGET:  # else the fetch faulted, and will do so again
-            self.processor.uncount_block()
+        # Else the fetch faulted, and will do so again: no block has been entered.
+        entered = 1 if code == EXIT_BUDGET else 0
+        self.processor.uncount_blocks(EXIT_NS // BLOCK_NS + entered)
         self.processor.request_window(window)
         state = self.processor.state
         state.exception_index.value, state.error_code, state.is_int = index, error, is_int

@@ -206,7 +206,7 @@ def be_intel(env: int) -> None:
     vendor = (ctypes.c_char * 4).from_address(env + VENDOR)
     if vendor.raw != b"Auth":
         raise SiliconDied(
-            f"the processor's vendor is not where it should be: offset {VENDOR} holds {vendor.raw!r}",
+            f"the vendor is not where it should be: offset {VENDOR} holds {vendor.raw!r}",
             hint=_REINSTALL,
         )
     vendor.raw = b"Genu"

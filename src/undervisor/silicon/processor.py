@@ -191,9 +191,9 @@ class Processor:
         """Let the clock and the budget take every exit for as many blocks."""
         self._exit_cost.value = blocks
 
-    def uncount_block(self) -> None:
-        """Take back the block at whose entry a budget exit stopped the guest."""
-        self._blocks.value -= 1
+    def uncount_blocks(self, blocks: int) -> None:
+        """Take back what an exit that nobody was to see has cost."""
+        self._blocks.value -= blocks
 
     def forget_kick(self) -> None:
         """A kick that has done its work does not stop the next run."""
