@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.x86.events import Fault, Vector
 from undervisor.hypervisor import words
-from undervisor.hypervisor.machine import BLOCK_NS
+from undervisor.hypervisor.machine import BLOCK_NS, EXIT_NS
 from undervisor.hypervisor.trace import Transition
 from undervisor.hypervisor.verdict import Halt, Inject, Resume, Stop, Switched, Verdict, Yield
 from undervisor.silicon import glue
@@ -42,12 +42,12 @@ class Recorder:
         """The exit as it came, in words."""
         machine = vcpu.machine
         blocks, now = machine.processor.blocks, machine.now()
-        ran = (blocks - self._blocks) * BLOCK_NS
+        ran = (blocks - self._blocks) * BLOCK_NS - EXIT_NS
         self._blocks = blocks
         level = 2 if vcpu.in_l2 else 1
         was = self._levels.get(vcpu.index, level)
         if was != level:
-            self._switched(vcpu, was, level, now - ran)
+            self._switched(vcpu, was, level, now - ran - EXIT_NS)
         return (
             now,
             level,
