@@ -72,13 +72,13 @@ class ShellHost(Host):
         return fact
 
     def listdir(self, path: str) -> Fact[tuple[str, ...]]:
-        """Through `ls -A`; names with a newline in them are not told apart."""
-        fact = self._ask(f"ls -A {shlex.quote(path + '/.')}", path)
+        """Through `ls -1A`; names with a newline in them are not told apart."""
+        fact = self._ask(f"ls -1A {shlex.quote(path + '/.')}", path)
         return then(fact, lambda raw: tuple(sorted(raw.decode("utf-8", "replace").splitlines())))
 
     def stat(self, path: str) -> Fact[Stat]:
         """Through `stat -L -c`, which GNU and BusyBox have."""
-        fact = self._ask(f"stat -L -c '%a %U %G %t %T %F' {shlex.quote(path)}", path)
+        fact = self._ask(f"stat -L -c '%a %U %G %u %g %t %T %F' {shlex.quote(path)}", path)
         return then(fact, _stat_of)
 
     def usable(self, path: str) -> Fact[bool]:
@@ -164,15 +164,18 @@ def _exactly(raw: bytes, size: int) -> bytes:
     return raw
 
 
+_STAT = re.compile(r"([0-7]+) (\S+) (\S+) (\d+) (\d+) ([0-9a-f]+) ([0-9a-f]+) ([a-z ]+)")
+
+
 def _stat_of(raw: bytes) -> Stat:
-    match = re.match(
-        r"([0-7]+) (\S+) (\S+) ([0-9a-f]+) ([0-9a-f]+) ([a-z ]+)", raw.decode("ascii", "replace")
-    )
+    match = _STAT.match(raw.decode("ascii", "replace"))
     if not match:
         raise ValueError(f"stat said {raw[:80]!r}")
-    mode, owner, group, major, minor, words = match.groups()
+    mode, owner, group, uid, gid, major, minor, words = match.groups()
     kind = _KINDS.get(words.strip(), "other")
     device = (int(major, 16), int(minor, 16)) if kind in ("character", "block") else None
+    # A system without a user database calls everybody UNKNOWN.
+    owner, group = (n if n != "UNKNOWN" else i for n, i in ((owner, uid), (group, gid)))
     return Stat(kind, int(mode, 8), owner, group, device)
 
 
