@@ -25,6 +25,7 @@ from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.boot import MemoryMap
 from undervisor.guest.asm import assemble
 from undervisor.guest.image import Image
+from undervisor.guest.probe.answers import VmxResult
 from undervisor.guest.probe.client import Batch, Probe
 from undervisor.guest.probe.program import program
 from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
@@ -292,7 +293,7 @@ class Lab:
         """Write all fields, with `changes`, then enter L2 at the start of `source`."""
         if source is not None:
             self.code(source, end="\nvmcall\n" if end is None else end)
-        wanted = {} if resume else {f: v for f, v in self.fields.items()}
+        wanted = {} if resume else dict(self.fields)
         wanted |= changes or {}
         batch = Batch()
         if not resume:
@@ -300,19 +301,40 @@ class Lab:
             batch.vmptrld(VMCS)
             self.launched = False
         if wanted:
-            writes = batch.vmwrites(wanted, SCRATCH)
+            writes = self._vmwrites(batch, wanted)
         run = batch.vmx_run(registers, resume=self.launched)
         asked = [f for f in (*EXIT_FIELDS, *SAVED, *reads) if f in self.known]
-        fields = batch.vmreads(dict.fromkeys(asked), SCRATCH)
+        asked = list(dict.fromkeys(asked))
+        results = self._vmreads(batch, asked)
         self.probe.run(batch)
         if wanted:
             assert writes.value[0] == len(wanted), (
                 f"VMWRITE of {list(wanted)[writes.value[0]]!r}: {writes.value[1]}"
             )
-        answer = Run(run, fields.value)
+        values = struct.iter_unpack("<2Q", self.memory.read(results, 16 * len(asked)))
+        answer = Run(run, {f: v for f, (v, _) in zip(asked, values, strict=True)})
         if answer.entered and not answer.failed_entry:
             self.launched = True
         return answer
+
+    def _vmwrites(self, batch, fields):
+        """VMWRITE of many fields; their rows go to memory directly, which is faster."""
+        total = len(fields)
+        rows = (struct.pack("<IQ", field, value) for field, value in fields.items())
+        self.memory.write(SCRATCH, b"".join(rows))
+        return batch.call(
+            "vmwrites",
+            {"rsi": SCRATCH, "rcx": total},
+            ("rcx", "r10"),
+            lambda r: (total - r["rcx"], VmxResult.of(r)),
+        )
+
+    def _vmreads(self, batch, fields):
+        """VMREAD of many fields; where their values will be."""
+        wanted, results = SCRATCH + 0x2000, SCRATCH + 0x2800
+        self.memory.write(wanted, struct.pack(f"<{len(fields)}I", *fields))
+        batch.call("vmreads", {"rsi": wanted, "rdi": results, "rcx": len(fields)}, [])
+        return results
 
     def resume(self, changes=None, registers=None, **more):
         """Go on from the last exit, with some fields changed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Instruction, Mnemonic, OpKind, Register
+from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register
 
 from undervisor.arch.vmx.exits import MemoryOperandInformation as M
 
@@ -98,7 +98,22 @@ def table_instruction(instruction: Instruction, bitness: int, identity: int) -> 
     if instruction.op0_kind == OpKind.REGISTER:
         return value | 1 << 10 | gpr(instruction.op0_register) << 3
     value |= memory_operand(instruction, bitness)
-    return value | (1 << 11 if bitness != 16 else 0)
+    return value | (1 << 11 if instruction.code in _WIDE_TABLES else 0)
+
+
+# SGDT, SIDT, LGDT and LIDT with an operand size of 32 bits (or 64, where the bit is undefined).
+_WIDE_TABLES: Final = frozenset(
+    {
+        Code.SGDT_M1632,
+        Code.SIDT_M1632,
+        Code.LGDT_M1632,
+        Code.LIDT_M1632,
+        Code.SGDT_M1664,
+        Code.SIDT_M1664,
+        Code.LGDT_M1664,
+        Code.LIDT_M1664,
+    }
+)
 
 
 def string_io(instruction: Instruction, bitness: int) -> int:
