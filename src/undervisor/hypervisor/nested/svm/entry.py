@@ -182,6 +182,7 @@ def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:
         return processor.inject_exception(vector, event >> 32 if event & _HAS_ERROR else None)
     # What INT n, INT3 and INTO push is nRIP, where the processor has it.
     rip, behind = vcpu.state.rip, vmcb12.q[_NRIP]
+    svm.software_rip = rip
     length = behind - rip if behind and vcpu.has("nrip-save") else 0
     return processor.inject_software(vector, length, kind)
 

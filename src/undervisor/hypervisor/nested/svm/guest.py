@@ -31,6 +31,7 @@ def exception(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
 def software_interrupt(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
     """INT n, INT3 or INTO that L1 does not want."""
     vector, length = reflect.software_vector(vcpu)
+    svm.software_rip = vcpu.state.rip
     plain = decode.instruction(vcpu).code == decode.Code.INT_IMM8
     kind = EventType.SOFTWARE_INTERRUPT if plain else EventType.EXCEPTION
     return Switched(vcpu.processor.inject_software(vector, length, kind))

@@ -12,7 +12,7 @@ from iced_x86 import Code, Register
 
 from undervisor.arch.svm.exits import SAVES_NEXT_RIP, ExitCode, IoInfo
 from undervisor.arch.svm.intercepts import Intercept
-from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, Fault, Vector
+from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, EventType, Fault, Vector
 from undervisor.arch.x86.registers import Cr0, legalize_lmsw
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, exceptions, io
@@ -42,6 +42,10 @@ _RDTSC: Final = b"\x0f\x31"
 def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     """The exit that L1 sees, or None when L0 handles it for L2."""
     code = exit.code
+    if exit.event:
+        _restore_rip(svm, vcpu, exit.event)
+    else:
+        svm.software_rip = None
     special = _SPECIAL.get(code)
     if special is not None:
         return special(svm, vcpu, exit)
@@ -54,6 +58,21 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         event=exit.event,
         next_rip=next_rip(vcpu) if code in _NEXT_RIP else 0,
     )
+
+
+def _restore_rip(svm: SvmState, vcpu: Vcpu, event: int) -> None:
+    """The delivery of INT n, INT3 or INTO did not finish: RIP is the instruction's.
+
+    The silicon has moved it to the next one by then.
+    """
+    kind, state = event >> 8 & 7, vcpu.state
+    by_software = kind == EventType.EXCEPTION and event & 0xFF in (Vector.BP, Vector.OF)
+    if kind != EventType.SOFTWARE_INTERRUPT and not by_software:
+        return
+    if svm.software_rip is None:
+        length = 1 if by_software else 2
+        svm.software_rip = state.next_rip - length
+    state.rip = svm.software_rip
 
 
 def fault(vcpu: Vcpu, svm: SvmState, event: int, raised: Fault) -> Switched | None:

@@ -35,6 +35,7 @@ class GuestVmcb(SiliconVmcb):
 class SvmState:
     """One vCPU's nested SVM.
 
+    `software_rip` is where INT n, INT3, INTO or an injection of one was, while it is delivered.
     `wanted` has L1's intercepts as one number: bit n is exit code n.  `virtual` is
     V_INTR_CONTROL as the processor holds it while L2 runs.  `controls` are the bytes of vmcb12
     that `wanted` and the intercepts of vmcb02 were made of.  `broken` says what the last VMRUN
@@ -65,6 +66,7 @@ class SvmState:
         self.virtual_vmload = False
         self.pauses_left = 0
         self.monitor_armed = False
+        self.software_rip: int | None = None
         self.reason = ""
         self.shadows.stale = True
 
