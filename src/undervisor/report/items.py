@@ -106,7 +106,7 @@ _COMMAND_LINES = Item(
 def _command_lines(host: Host) -> Collected:
     """Running guests from ps, and those that libvirt logged."""
     parts = []
-    ran = host.run(["ps", "-eww", "-o", "pid=,args="])
+    ran = host.run(["ps", "-eww", "-o", "pid=", "-o", "args="])
     if isinstance(ran, Known):
         lines = [line for line in ran.value.stdout.splitlines() if "qemu" in line]
         parts += lines

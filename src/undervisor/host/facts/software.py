@@ -137,7 +137,7 @@ def _holds_kvm(host: Host, pid: int) -> bool | None:
 
 
 def _guests(host: Host) -> Fact[tuple[Guest, ...]]:
-    fact = host.run(["ps", "-eww", "-o", "pid=,args="])
+    fact = host.run(["ps", "-eww", "-o", "pid=", "-o", "args="])
     if isinstance(fact, Known) and fact.value.status:
         return Unknown("ps", fact.value.stderr.strip()[:100] or "failed")
     found = []
