@@ -45,6 +45,15 @@ def test_three_levels_in_one_go(tmp_path, capsys):
     assert {"L0/cpuinfo.txt", "L2/cpuinfo.txt"} <= set(said["files"])
 
 
+def test_vulnerabilities_are_compared_between_the_levels(tmp_path):
+    levels = {"l0": HOSTS / "amd-bare-metal", "l1": HOSTS / "intel-stable-4.19.78"}
+    _, files = written(tmp_path, **levels)
+    told = json.loads(files["report/report.json"])["vulnerabilities"]
+    assert told["itlb_multihit"] == {"L0": "Not affected", "L1": "KVM: Vulnerable"}
+    assert "meltdown" not in told
+    assert "KVM: Vulnerable" in files["report/report.html"]
+
+
 @pytest.mark.parametrize(
     ("l1", "l2", "sentence"),
     [

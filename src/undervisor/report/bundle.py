@@ -72,6 +72,19 @@ class Bundle:
             found.add(Below.UNKNOWN)
         return found
 
+    def vulnerabilities(self) -> dict[str, dict[str, str]]:
+        """The kernel's words about each vulnerability of the processor, where the levels differ.
+
+        A mitigation that L0 has and L1 lacks is often a feature bit that L0 does not pass on.
+        """
+        told = {
+            level.name: value_or(level.machine.security.vulnerabilities, {})
+            for level in self.levels
+        }
+        names = sorted({name for texts in told.values() for name in texts})
+        rows = {name: {who: texts.get(name, "") for who, texts in told.items()} for name in names}
+        return {name: row for name, row in rows.items() if len(set(row.values())) > 1}
+
     def gaps(self) -> list[dict[str, str]]:
         """What is missing, why, and the command that gets it."""
         found = [
@@ -130,6 +143,7 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
         "made_by": f"undervisor {__version__}",
         "statement": bundle.statement,
         "levels": [_level_json(level) for level in bundle.levels],
+        "vulnerabilities": bundle.vulnerabilities(),
         "missing": bundle.gaps(),
     }
 

@@ -30,6 +30,14 @@ def page(said: dict[str, Any]) -> str:
     ]
     for level in said["levels"]:
         parts += _level(level)
+    if said["vulnerabilities"]:
+        names = tuple(level["level"] for level in said["levels"])
+        told = [
+            (escape(name), *(escape(row[who] or "not told") for who in names))
+            for name, row in said["vulnerabilities"].items()
+        ]
+        parts += ["<h2>Vulnerabilities where the levels differ</h2>"]
+        parts.append(_table(("vulnerability", *names), told))
     parts += ["<h2>What is missing</h2>"]
     rows = [(m["level"], m["item"], m["why"], _code(m["get"])) for m in said["missing"]]
     parts.append(_table(("level", "item", "why", "how to get it"), rows) if rows else "<p>Nothing.")
