@@ -60,10 +60,10 @@ _MASK64: Final = (1 << 64) - 1
 class Activity(Enum):
     """SDM 3C "Guest Non-Register State" (activity state); all vendors have these."""
 
-    ACTIVE = "active"
-    HALTED = "HLT"
-    SHUTDOWN = "shutdown"
-    WAIT_FOR_SIPI = "wait-for-SIPI"
+    ACTIVE = 0
+    HALTED = 1
+    SHUTDOWN = 2
+    WAIT_FOR_SIPI = 3
 
 
 @dataclass(slots=True)
@@ -125,8 +125,8 @@ class Vcpu:
     # -- what devices tell it (InterruptSink) --------------------------------------------------
 
     def nmi(self) -> None:
-        """An NMI arrived; one more is kept while one is being handled."""
-        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        """An NMI arrived: one is kept while one is being handled, and one about to be."""
+        self.nmi_pending = min(self.nmi_pending + 1, 1 if self.nmi_blocked else 2)
         self.attention = True
 
     def init(self) -> None:
@@ -148,6 +148,13 @@ class Vcpu:
         """The local APIC has an interrupt to deliver."""
         self.attention = True
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether any event waits for this processor."""
+        if self.nmi_pending or self.init_pending or self.smi_pending:
+            return True
+        return self.lapic.pending() is not None
+
     # -- worlds --------------------------------------------------------------------------------
 
     def reload(self, change: Callable[[SiliconVmcb], None]) -> None:
@@ -161,6 +168,12 @@ class Vcpu:
     def load(self, vmcb: SiliconVmcb) -> None:
         """Make `vmcb` the running world; what VMLOAD loads is the caller's."""
         self.processor.load(vmcb)
+        if self.nmi_blocked:
+            self.state.intercepts |= IRET_MASK
+
+    def load_vmx(self, vmcb: SiliconVmcb) -> None:
+        """Make `vmcb` the running world, with all that VMX transitions load."""
+        self.processor.load_vmx(vmcb)
         if self.nmi_blocked:
             self.state.intercepts |= IRET_MASK
 

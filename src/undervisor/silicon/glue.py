@@ -542,8 +542,24 @@ def source() -> str:
         _save_extra("save_extra", _SYSCALL + _SYSENTER),
         _load_extra("load_vmx_extra", _SYSENTER),
         _save_extra("save_vmx_extra", _SYSENTER),
+        _VMX_WORLDS,
     ]
     return "\n".join([_HOOKS, *stand_ins, *worlds])
+
+
+# What a VMX transition switches is VMRUN's world and a part of VMLOAD's.
+_VMX_WORLDS = """
+define void @load_vmx(ptr %cpu, ptr %env, ptr %vmcb, i64 %hpa) {
+  call void @load_vmx_extra(ptr %env, ptr %vmcb)
+  call void @load_world(ptr %cpu, ptr %env, ptr %vmcb, i64 %hpa)
+  ret void
+}
+define void @save_vmx(ptr %env, ptr %vmcb) {
+  call void @save_vmx_extra(ptr %env, ptr %vmcb)
+  call void @save_world(ptr %env, ptr %vmcb)
+  ret void
+}
+"""
 
 
 class Glue:

@@ -82,6 +82,7 @@ class Processor:
         self._hook()
         self._initial = bytes(self.state.bytes)
         self.fpu = Fpu(self)
+        self._window = False
         memory.code_changed = self.invalidate_code
 
     # -- building -----------------------------------------------------------------------------
@@ -123,8 +124,8 @@ class Processor:
         self._save_world = native("save_world", pointer, pointer)
         self._load_extra = native("load_extra", pointer, pointer)
         self._save_extra = native("save_extra", pointer, pointer)
-        self._load_vmx_extra = native("load_vmx_extra", pointer, pointer)
-        self._save_vmx_extra = native("save_vmx_extra", pointer, pointer)
+        self._load_vmx = native("load_vmx", pointer, pointer, pointer, long)
+        self._save_vmx = native("save_vmx", pointer, pointer)
         self._fetched = variable("fetched", 0)
         raw = (ctypes.c_ubyte * 16).from_address(compiled.variable("instruction"))
         self._instruction = memoryview(raw).cast("B")
@@ -199,6 +200,11 @@ class Processor:
         """A kick that has done its work does not stop the next run."""
         self._kicked.value = 0
 
+    @property
+    def budget(self) -> int:
+        """How many blocks are left until the next budget exit."""
+        return self._budget.value
+
     def set_budget(self, blocks: int) -> None:
         """From `on_exit`: the next budget exit comes after `blocks` more blocks."""
         self._budget.value = blocks
@@ -237,13 +243,13 @@ class Processor:
         """What VMSAVE saves."""
         self._save_extra(self._env, vmcb.pointer)
 
-    def load_vmx_extra(self, vmcb: SiliconVmcb) -> None:
-        """What VMX transitions load and VMRUN does not: FS, GS, TR, LDTR and SYSENTER.. ."""
-        self._load_vmx_extra(self._env, vmcb.pointer)
+    def load_vmx(self, vmcb: SiliconVmcb) -> None:
+        """What VMX transitions load: VMRUN's state, FS, GS, TR, LDTR and SYSENTER.. ."""
+        self._load_vmx(self._cpu, self._env, vmcb.pointer, vmcb.hpa)
 
-    def save_vmx_extra(self, vmcb: SiliconVmcb) -> None:
-        """What VMX transitions save and #VMEXIT does not."""
-        self._save_vmx_extra(self._env, vmcb.pointer)
+    def save_vmx(self, vmcb: SiliconVmcb) -> None:
+        """What VMX transitions save."""
+        self._save_vmx(self._env, vmcb.pointer)
 
     def instruction_bytes(self) -> bytes:
         """15 bytes at the exiting instruction, or none where the silicon did not have them."""
@@ -316,10 +322,13 @@ class Processor:
     @property
     def window_requested(self) -> bool:
         """Whether `request_window` stands."""
-        return bool(self.state.interrupt_request.value & layout.INTERRUPT_VIRTUAL)
+        return self._window
 
     def request_window(self, wanted: bool) -> None:
         """Ask for (or forget) an exit 0x64 as soon as the guest can take an interrupt."""
+        if wanted == self._window:
+            return
+        self._window = wanted
         if wanted:
             self.state.interrupt_request.value |= layout.INTERRUPT_VIRTUAL
         else:

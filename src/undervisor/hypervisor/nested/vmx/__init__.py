@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.vmx.checks import EntryFailure
 from undervisor.arch.vmx.ept import EptRules
+from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Fault, Vector
 from undervisor.arch.x86.msr import Msr
@@ -23,6 +24,7 @@ from undervisor.hypervisor.nested.vmx import (
 )
 from undervisor.hypervisor.nested.vmx.state import Vmcs, VmcsStore, VmxState
 from undervisor.hypervisor.nested_paging import NestedTables
+from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import Verdict
 from undervisor.silicon.processor import SiliconVmcb
 from undervisor.silicon.world import ExitCode
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _L1_EXITS: Final[Mapping[int, Handler]] = {ExitCode.EXCP_UD: instructions.undefined}
-_L2_EXITS: Final[Mapping[int, Handler]] = {}
+_L2_EXITS: Final[Mapping[int, Handler]] = {ExitCode.IRET: events.iret}
 _UNRESTRICTED: Final = 0x8000_0001  # CR0.PG and CR0.PE
 
 
@@ -47,11 +49,15 @@ class NestedVmx:
 
     def __init__(self, vcpu: Vcpu) -> None:
         assert vcpu.model.vmx is not None
+        self.vcpu = vcpu
         self.capabilities = vcpu.model.vmx
         self.ept_rules = EptRules.of(self.capabilities)
         self.vmx = VmxState(VmcsStore(vcpu.memory, vcpu.model))
         self.host_vmcb = SiliconVmcb(vcpu.memory)
-        self.reason = ""
+        self.last: ExitReason | str = ""
+        self.ia32e_mode_guest = self.loads_debug = self.loads_efer = False
+        self.loads_host_efer = self.enters_more = self.saves_more = self.loads_more = False
+        self.watchful = False
         self.failure: EntryFailure | None = None
         self.resident: Vmcs | None = None
         self.host_of: Vmcs | None = None
@@ -67,20 +73,39 @@ class NestedVmx:
         self.blocking_by_mov_ss = False
         self.trap_pending = False
         self.pending_debug = 0
+        self.dr6_before = 0
+        self.iret_unblocked = False
         self.monitor_armed = False
         self.timer_deadline: int | None = None
         self.pause_first = self.pause_last = 0
+
+    @property
+    def reason(self) -> str:
+        """The exit reason of the last transition, or what was wrong with an entry."""
+        return self.last if isinstance(self.last, str) else self.last.name
+
+    @reason.setter
+    def reason(self, text: str) -> None:
+        self.last = text
 
     # -- Nested --------------------------------------------------------------------------------
 
     def reflect(self, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         """L1's controls decide, by a function per exit."""
-        self.reason = ""
+        self.last = ""
+        if exit.code == ExitCode.EXCP_DB and vcpu.step is not None:
+            held = events.hold_debug_trap(vcpu, self)
+            if held is not None:
+                return held
         wants = reflect.REFLECT.get(exit.code)
         return wants(vcpu, self, exit) if wants is not None else None
 
     def reflect_fault(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> Verdict | None:
         """L1's exception bitmap decides."""
+        if fault.vector == Vector.DB:
+            held = events.hold_debug_trap(vcpu, self)
+            if held is not None:
+                return held
         if not reflect.wants_exception(self, fault.vector, fault.error_code or 0):
             return None
         return reflect.leave_for(vcpu, self, fault)
@@ -132,8 +157,8 @@ class NestedVmx:
         return control is None or bool(self.secondary & control)
 
     def deadline(self) -> int | None:
-        """The VMX-preemption timer."""
-        return self.timer_deadline
+        """The VMX-preemption timer; in the wait-for-SIPI state it causes no exit."""
+        return None if self.vcpu.activity is Activity.WAIT_FOR_SIPI else self.timer_deadline
 
     def reset(self, vcpu: Vcpu) -> None:
         """VMX operation ends; VMCS data that were cached are lost, as by INIT."""
@@ -164,7 +189,7 @@ class NestedVmx:
         """IA32_XSS."""
         return vcpu.msrs.get(Msr.XSS, 0)
 
-    def watch_iret(self, vcpu: Vcpu) -> None:
+    def block_nmi(self, vcpu: Vcpu) -> None:
         """An NMI is injected: NMIs are blocked until IRET."""
         events.block_nmi(vcpu, self)
 

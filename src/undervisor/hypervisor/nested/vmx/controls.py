@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.vmx.controls import (
+    EntryControls,
     ExitControls,
     PinBasedControls,
     PrimaryControls,
@@ -12,6 +13,7 @@ from undervisor.arch.vmx.controls import (
 )
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Vector
+from undervisor.arch.x86.msr import Msr
 from undervisor.hypervisor import intercepts
 from undervisor.hypervisor.nested.vmx.state import Vmcs
 from undervisor.silicon.world import Intercept, intercept_mask
@@ -45,6 +47,7 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     nested.entry_controls = fields[F.ENTRY_CONTROLS]
     nested.exit_controls = fields[F.EXIT_CONTROLS]
     nested.tsc_offset = fields[F.TSC_OFFSET] if primary & PrimaryControls.use_tsc_offsetting else 0
+    _plan(vcpu, nested, fields)
     nested.inputs_move = bool(primary & PrimaryControls.use_tpr_shadow)
     bits = [*intercepts.COMMON, *_wanted(fields, primary, secondary)]
     words = list(intercept_mask(*bits))
@@ -56,6 +59,38 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     vmcb.nested_control = 1
     vmcb.guest_asid = 1
     vmcb.msrpm_base_pa = vcpu.machine.all_msrs()
+
+
+def _plan(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """What transitions of this VMCS need beyond the usual, so that the usual is quick."""
+    pin, primary, leaving = nested.pin, nested.primary, nested.exit_controls
+    nested.ia32e_mode_guest = bool(nested.entry_controls & EntryControls.ia32e_mode_guest)
+    nested.loads_debug = bool(nested.entry_controls & EntryControls.load_debug_controls)
+    nested.loads_efer = bool(nested.entry_controls & EntryControls.load_efer)
+    nested.enters_more = bool(
+        nested.loads_debug
+        or nested.entry_controls & EntryControls.load_pat
+        or pin & (PinBasedControls.preemption_timer | PinBasedControls.virtual_nmis)
+    )
+    nested.saves_more = bool(leaving & _SAVES or fields[F.EXIT_MSR_STORE_COUNT]) or bool(
+        pin & PinBasedControls.preemption_timer
+    )
+    nested.loads_more = bool(leaving & ExitControls.load_pat or fields[F.EXIT_MSR_LOAD_COUNT])
+    nested.loads_more |= vcpu.msrs.get(Msr.DEBUGCTL, 0) != 0 or nested.loads_debug
+    nested.watchful = bool(
+        primary & _WATCHED
+        or pin & (PinBasedControls.preemption_timer | PinBasedControls.process_posted_interrupts)
+        or nested.secondary & SecondaryControls.virtual_interrupt_delivery
+    )
+
+
+_SAVES: Final = ExitControls.save_debug_controls | ExitControls.save_efer | ExitControls.save_pat
+_WATCHED: Final = (
+    PrimaryControls.interrupt_window_exiting
+    | PrimaryControls.nmi_window_exiting
+    | PrimaryControls.monitor_trap_flag
+    | PrimaryControls.use_tpr_shadow
+)
 
 
 def _wanted(fields: dict[int, int], primary: int, secondary: int) -> list[Intercept]:

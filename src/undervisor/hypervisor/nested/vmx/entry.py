@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.vmx.checks import EntryInput, refresh_inputs
 from undervisor.arch.vmx.controls import (
-    ActivityState,
     EntryControls,
     InterruptibilityState,
     InterruptionType,
-    PinBasedControls,
     PrimaryControls,
     SecondaryControls,
 )
@@ -23,14 +21,14 @@ from undervisor.arch.vmx.errors import VmInstructionError
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import FieldArea
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.events import DB
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
 from undervisor.arch.x86.segments import UNUSABLE, Segment, attributes_of
-from undervisor.hypervisor.nested.vmx import controls, exit, msr_lists, paging
+from undervisor.hypervisor.nested.vmx import controls, events, exit, msr_lists, paging
 from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, EAGER, PLAIN, SEGMENTS, Vmcs
 from undervisor.hypervisor.vcpu import Activity
-from undervisor.hypervisor.verdict import Switched, Verdict
+from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
+from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import RESUME, SiliconVmcb
 from undervisor.silicon.world import VmcbField as V
 
@@ -58,6 +56,10 @@ _CONTROL_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.CONT
 _HOST_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.HOST) | {F.EXIT_CONTROLS}
 _FAILURE: Final = 1 << 31
 _SHADOWS: Final = InterruptibilityState.blocking_by_sti | InterruptibilityState.blocking_by_mov_ss
+_RAX, _CR2, _DR6, _DR7 = V.RAX >> 3, V.CR2 >> 3, V.DR6 >> 3, V.DR7 >> 3
+_SHADOW: Final = V.INTERRUPT_SHADOW >> 3
+_LIVE_CR2, _LIVE_DR6, _LIVE_DR7 = Env.CR2 >> 3, Env.DR6 >> 3, Env.DR7 >> 3
+_NMI_BLOCKING: Final = InterruptibilityState.blocking_by_nmi
 _KEPT_CR0: Final = Cr0.cd | Cr0.nw
 
 
@@ -127,17 +129,24 @@ def load_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) 
         loader = _LOADERS.get(name)
         if loader is not None:
             loader(vmcb, fields)
-    state, entry_controls = vcpu.state, nested.entry_controls
-    q = vmcb.q
-    q[V.RAX >> 3] = state.q[0]
-    q[V.CR2 >> 3] = state.cr2
-    q[V.DR6 >> 3] = state.dr6
+    q, live = vmcb.q, vcpu.state.q
+    q[_RAX], q[_CR2], q[_DR6] = live[0], live[_LIVE_CR2], live[_LIVE_DR6]
+    if not nested.loads_debug:
+        q[_DR7] = live[_LIVE_DR7]
+    shadows = fields[F.GUEST_INTERRUPTIBILITY_STATE]
+    q[_SHADOW] = 1 if shadows & 3 else 0
+    nested.blocking_by_mov_ss = bool(shadows & 2)
+    if fresh or nested.enters_more or not vmcs.written <= _QUIET or not nested.loads_efer:
+        _load_more(vcpu, nested, vmcs, fresh=fresh)
+
+
+def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> None:
+    """What does not change between the entries of a VMCS that is only resumed."""
+    vmcb, fields, state = vcpu.vmcb02, vmcs.fields, vcpu.state
+    q, entry_controls = vmcb.q, nested.entry_controls
     q[V.CR0 >> 3] = fields[F.GUEST_CR0] & ~_KEPT_CR0 | state.cr0 & _KEPT_CR0 | Cr0.et
-    q[V.DR7 >> 3] = (
-        fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
-        if entry_controls & EntryControls.load_debug_controls
-        else state.dr7
-    )
+    if nested.loads_debug:
+        q[_DR7] = fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
     q[V.EFER >> 3] = guest_efer(vcpu, nested, fields)
     vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3 if fresh else vmcb.cpl
     if F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
@@ -146,9 +155,6 @@ def load_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) 
         nested.save_msr(vcpu, Msr.DEBUGCTL, fields[F.GUEST_DEBUGCTL])
     if entry_controls & EntryControls.load_pat:
         vcpu.msrs[Msr.PAT] = fields[F.GUEST_PAT]
-    shadows = fields[F.GUEST_INTERRUPTIBILITY_STATE]
-    q[V.INTERRUPT_SHADOW >> 3] = int(bool(shadows & _SHADOWS))
-    nested.blocking_by_mov_ss = bool(shadows & InterruptibilityState.blocking_by_mov_ss)
 
 
 def guest_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
@@ -167,9 +173,9 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
     fields = vmcs.fields
     vcpu.in_l2, vcpu.vmcb = True, vcpu.vmcb02
     paging.activate(vcpu, nested, vmcs)
-    _load_blocking(vcpu, nested, fields)
-    vcpu.load(vcpu.vmcb02)
-    vcpu.processor.load_vmx_extra(vcpu.vmcb02)
+    events.load_blocking(vcpu, nested, fields)
+    vcpu.load_vmx(vcpu.vmcb02)
+    events.watch_iret(vcpu, nested)
     nested.resident = vmcs
     vcpu.l2_tsc_offset = nested.tsc_offset
     if fields[F.ENTRY_MSR_LOAD_COUNT]:
@@ -183,37 +189,21 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
     vmcs.stale = True
     if launch:
         vmcs.launched = True
-    nested.start_timer(vcpu, fields[F.PREEMPTION_TIMER_VALUE])
-    vcpu.activity = ACTIVITIES[ActivityState(fields[F.GUEST_ACTIVITY_STATE])]
-    vcpu.attention = True
-    information = fields[F.ENTRY_INTERRUPTION_INFORMATION]
-    deliver = (
-        inject_event(vcpu, nested, fields) if information >> 31 else _pending_debug(vcpu, fields)
-    )
+    if nested.enters_more:
+        nested.start_timer(vcpu, fields[F.PREEMPTION_TIMER_VALUE])
+    vcpu.activity = ACTIVITIES[fields[F.GUEST_ACTIVITY_STATE]]
+    vcpu.attention = nested.watchful or vcpu.activity is not Activity.ACTIVE or vcpu.has_pending
+    nested.pending_debug = 0
+    if fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]:
+        nested.pending_debug = events.pending_at_entry(fields)
+        vcpu.attention = True
+    if not fields[F.ENTRY_INTERRUPTION_INFORMATION] >> 31:
+        return SWITCHED
+    deliver = inject_event(vcpu, nested, fields)
     if deliver != RESUME:
-        vcpu.machine.look_again = True
+        vcpu.attention = True
+        events.delivered(vcpu, nested)
     return Switched(deliver)
-
-
-def _load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
-    """Blocking by NMI: of virtual NMIs where they are on, else of the processor's own."""
-    blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
-    if nested.pin & PinBasedControls.virtual_nmis:
-        nested.virtual_nmi_blocked = blocked
-    else:
-        vcpu.nmi_blocked = blocked
-
-
-def _pending_debug(vcpu: Vcpu, fields: dict[int, int]) -> int:
-    """A debug exception that was pending. SDM 3C "Delivery of Pending Debug Exceptions"."""
-    pending = fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]
-    if not pending & 0x5000 or fields[F.GUEST_ACTIVITY_STATE] != ActivityState.ACTIVE:
-        return RESUME
-    vcpu.state.dr6 |= pending & 0x400F
-    reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, DB)
-    if reflected is not None:
-        return reflected.deliver if isinstance(reflected, Switched) else RESUME
-    return vcpu.inject(DB)
 
 
 def inject_event(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
@@ -227,15 +217,13 @@ def inject_event(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
     if kind == InterruptionType.EXTERNAL_INTERRUPT:
         return processor.inject_interrupt(vector)
     if kind == InterruptionType.NMI:
-        if nested.pin & PinBasedControls.virtual_nmis:
-            nested.virtual_nmi_blocked = True
-        nested.watch_iret(vcpu)
+        nested.block_nmi(vcpu)
         return processor.inject_nmi()
     if kind == InterruptionType.HARDWARE_EXCEPTION:
         code = fields[F.ENTRY_EXCEPTION_ERROR_CODE] if information & 0x800 else None
         return processor.inject_exception(vector, code)
     if kind == InterruptionType.OTHER_EVENT:
-        nested.trap_pending = True
+        nested.trap_pending = vcpu.attention = True
         return RESUME
     return processor.inject_software(vector, length, kind)
 

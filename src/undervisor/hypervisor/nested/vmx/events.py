@@ -7,13 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.vmx.controls import ExitControls, PinBasedControls, PrimaryControls
+from undervisor.arch.vmx.controls import (
+    ActivityState,
+    ExitControls,
+    InterruptibilityState,
+    InterruptionType,
+    PendingDebugExceptions,
+    PinBasedControls,
+    PrimaryControls,
+)
 from undervisor.arch.vmx.exits import ExitReason as R
+from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.events import DB, Vector
+from undervisor.arch.x86.registers import Dr6
 from undervisor.hypervisor import events
+from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import INIT_BLOCKED
 from undervisor.hypervisor.nested.vmx import apic
 from undervisor.hypervisor.nested.vmx.exit import leave
 from undervisor.hypervisor.vcpu import IRET_MASK, Activity
+from undervisor.hypervisor.verdict import RESUME as GO_ON
 from undervisor.hypervisor.verdict import Switched, Verdict
 from undervisor.silicon.processor import RESUME
 
@@ -24,6 +37,17 @@ if TYPE_CHECKING:
 _NMI_INFORMATION: Final = 2 | 2 << 8 | 1 << 31
 _EXTERNAL_INFORMATION: Final = 1 << 31
 _IF: Final = 0x200
+_TF: Final = 0x100
+_DB_MASK: Final = 1 << Vector.DB
+_BREAKPOINTS: Final = int(Dr6.b0 | Dr6.b1 | Dr6.b2 | Dr6.b3)
+_VECTORED_LOSE: Final = frozenset(
+    {
+        InterruptionType.EXTERNAL_INTERRUPT,
+        InterruptionType.NMI,
+        InterruptionType.HARDWARE_EXCEPTION,
+        InterruptionType.PRIVILEGED_SOFTWARE_EXCEPTION,
+    }
+)
 
 
 def _action(vcpu: Vcpu, verdict: Verdict) -> int:
@@ -38,10 +62,9 @@ def take_init(vcpu: Vcpu, nested: NestedVmx) -> int | None:
         return None
     if not vcpu.in_l2:
         return INIT_BLOCKED
-    if vcpu.activity is Activity.WAIT_FOR_SIPI:
-        vcpu.init_pending = False  # blocked in that activity state, and not kept
-        return INIT_BLOCKED
     vcpu.init_pending = False
+    if vcpu.activity is Activity.WAIT_FOR_SIPI:
+        return INIT_BLOCKED  # in that activity state it is blocked, and not kept
     return _action(vcpu, leave(vcpu, nested, R.INIT_SIGNAL))
 
 
@@ -49,49 +72,178 @@ def deliver(vcpu: Vcpu, nested: NestedVmx) -> int:
     """What happens before L2's next instruction; the silicon's action."""
     if vcpu.activity is Activity.WAIT_FOR_SIPI:
         return _startup(vcpu, nested)
-    if nested.trap_pending:
-        nested.trap_pending = False
+    vcpu.sipi_vector = None  # discarded in any other state
+    stepped, vcpu.stepped = vcpu.stepped, False
+    nested.iret_unblocked = nested.iret_unblocked and not stepped
+    traps = nested.primary & PrimaryControls.monitor_trap_flag
+    if nested.trap_pending or (stepped and traps):
         return _action(vcpu, leave(vcpu, nested, R.MONITOR_TRAP_FLAG))
     below = apic.below_threshold(vcpu, nested)
     if below is not None:
         return _action(vcpu, below)
+    if nested.pending_debug:
+        return _deliver_pending_debug(vcpu, nested)
     deadline = nested.timer_deadline
     if deadline is not None and deadline <= vcpu.machine.now():
         return _action(vcpu, leave(vcpu, nested, R.PREEMPTION_TIMER_EXPIRED))
     verdict = _nmi(vcpu, nested) or _interrupt(vcpu, nested)
     if verdict is not None:
         return _action(vcpu, verdict)
-    return _into_l2(vcpu, nested)
+    action = _into_l2(vcpu, nested)
+    if action != RESUME:
+        delivered(vcpu, nested)
+    elif traps and vcpu.activity is Activity.ACTIVE:
+        _arm_trap(vcpu, nested)
+    return action
+
+
+def delivered(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """An event goes to L2 before its next instruction: the monitor trap flag is due behind it."""
+    vcpu.attention = True
+    if nested.primary & PrimaryControls.monitor_trap_flag:
+        vcpu.end_step()
 
 
 def _startup(vcpu: Vcpu, nested: NestedVmx) -> int:
-    """In the wait-for-SIPI state only a SIPI (or an NMI, which is blocked) can do anything."""
+    """In the wait-for-SIPI state only a SIPI does anything."""
     vector, vcpu.sipi_vector = vcpu.sipi_vector, None
     if vector is None:
         return RESUME
     return _action(vcpu, leave(vcpu, nested, R.STARTUP_IPI, vector))
 
 
+# -- debug exceptions and the monitor trap flag -------------------------------------------------
+
+
+def pending_at_entry(fields: dict[int, int]) -> int:
+    """The debug exceptions that are pending after an entry.
+
+    SDM 3C "Delivery of Pending Debug Exceptions after VM Entry".
+    """
+    information = fields[F.ENTRY_INTERRUPTION_INFORMATION]
+    state = fields[F.GUEST_ACTIVITY_STATE]
+    shadow = fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_mov_ss
+    if information >> 31:
+        kind = information >> 8 & 7
+        if kind in _VECTORED_LOSE or (kind != InterruptionType.OTHER_EVENT and not shadow):
+            return 0
+    elif state in (ActivityState.SHUTDOWN, ActivityState.WAIT_FOR_SIPI):
+        return 0
+    pending = fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]
+    valid = PendingDebugExceptions.bs | PendingDebugExceptions.enabled_breakpoint
+    return pending if pending & valid else 0
+
+
+def _deliver_pending_debug(vcpu: Vcpu, nested: NestedVmx) -> int:
+    """#DB for what is pending, or wait while MOV SS blocks it."""
+    state = vcpu.state
+    if state.interrupt_shadow and nested.blocking_by_mov_ss:
+        vcpu.begin_step()
+        return RESUME
+    pending, nested.pending_debug = nested.pending_debug, 0
+    vcpu.activity = Activity.ACTIVE
+    state.dr6 |= pending & (_BREAKPOINTS | Dr6.bs)
+    reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, DB)
+    if reflected is not None:
+        return _action(vcpu, reflected)
+    delivered(vcpu, nested)
+    return vcpu.inject(DB)
+
+
+def _arm_trap(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """The monitor trap flag: one instruction, then an exit; its #DB for RFLAGS.TF stays pending."""
+    vcpu.begin_step()
+    if vcpu.state.q[17] & _TF:
+        nested.dr6_before = vcpu.state.dr6
+        vcpu.state.intercept_exceptions |= _DB_MASK
+
+
+def hold_debug_trap(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
+    """A #DB behind an instruction: the monitor trap flag has priority, and keeps it pending."""
+    traps = nested.primary & PrimaryControls.monitor_trap_flag
+    raised = vcpu.state.dr6 & ~nested.dr6_before
+    if vcpu.step is None or not traps or raised & Dr6.bd:
+        return None
+    conditions = raised & (_BREAKPOINTS | Dr6.bs)
+    if raised & _BREAKPOINTS:
+        conditions |= PendingDebugExceptions.enabled_breakpoint
+    nested.pending_debug = conditions
+    vcpu.state.dr6 = nested.dr6_before
+    vcpu.end_step()
+    return GO_ON
+
+
+# -- NMIs ---------------------------------------------------------------------------------------
+
+
+def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """Blocking by NMI at entry: of virtual NMIs where they are on, else of the processor's own."""
+    blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
+    if nested.pin & PinBasedControls.virtual_nmis:
+        nested.virtual_nmi_blocked = blocked
+        vcpu.nmi_blocked = False
+    else:
+        vcpu.nmi_blocked = blocked
+
+
+def block_nmi(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """An NMI was injected into L2: blocking lasts until L2's IRET."""
+    if nested.pin & PinBasedControls.virtual_nmis:
+        nested.virtual_nmi_blocked = True
+    else:
+        vcpu.nmi_blocked = True
+    watch_iret(vcpu, nested)
+
+
+def watch_iret(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """IRET is watched where it unblocks something. SDM 3C "Changes to Instruction Behavior"."""
+    unblocks = vcpu.nmi_blocked and not nested.pin & PinBasedControls.nmi_exiting
+    if unblocks or nested.virtual_nmi_blocked:
+        vcpu.state.intercepts |= IRET_MASK
+    else:
+        vcpu.state.intercepts &= ~IRET_MASK
+
+
+def iret(vcpu: Vcpu, exit: Exit) -> Verdict:
+    """IRET of L2: it unblocks NMIs, or virtual NMIs, even if it faults then."""
+    nested = _nested(vcpu)
+    if nested.pin & PinBasedControls.virtual_nmis:
+        nested.iret_unblocked = nested.virtual_nmi_blocked
+        nested.virtual_nmi_blocked = False
+    elif not nested.pin & PinBasedControls.nmi_exiting:
+        nested.iret_unblocked = vcpu.nmi_blocked
+        vcpu.nmi_blocked = False
+    vcpu.state.intercepts &= ~IRET_MASK
+    if vcpu.step is None:
+        vcpu.begin_step()
+    return GO_ON
+
+
+def _nested(vcpu: Vcpu) -> NestedVmx:
+    nested: NestedVmx = vcpu.nested  # type: ignore[assignment]
+    return nested
+
+
 def _nmi(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
     """An NMI that exits, and the NMI window."""
-    shadow = vcpu.state.interrupt_shadow
+    window = nested.primary & PrimaryControls.nmi_window_exiting
     exiting = nested.pin & PinBasedControls.nmi_exiting
-    if vcpu.nmi_pending and exiting and not shadow and not _physically_blocked(vcpu, nested):
-        vcpu.nmi_pending -= 1
-        verdict = leave(vcpu, nested, R.EXCEPTION_OR_NMI, interruption=_NMI_INFORMATION)
-        events.block_nmi(vcpu)
-        return verdict
-    if nested.primary & PrimaryControls.nmi_window_exiting and not nested.virtual_nmi_blocked:
-        if not shadow and vcpu.activity is not Activity.SHUTDOWN:
-            return leave(vcpu, nested, R.NMI_WINDOW)
-        if shadow:
-            vcpu.machine.step_blocks = 1
-    return None
+    waits = bool(vcpu.nmi_pending and exiting and not vcpu.nmi_blocked)
+    opens = bool(window and not nested.virtual_nmi_blocked)
+    if not waits and not opens:
+        return None
+    if vcpu.state.interrupt_shadow:
+        vcpu.begin_step()
+        return None
+    if not waits:
+        return leave(vcpu, nested, R.NMI_WINDOW)
+    vcpu.nmi_pending -= 1
+    verdict = leave(vcpu, nested, R.EXCEPTION_OR_NMI, interruption=_NMI_INFORMATION)
+    events.block_nmi(vcpu)
+    return verdict
 
 
-def _physically_blocked(vcpu: Vcpu, nested: NestedVmx) -> bool:
-    """With virtual NMIs, L2's IRETs and injections say nothing about physical NMIs."""
-    return vcpu.nmi_blocked and not nested.pin & PinBasedControls.virtual_nmis
+# -- interrupts ---------------------------------------------------------------------------------
 
 
 def _interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
@@ -107,7 +259,7 @@ def _interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
     if vcpu.lapic.pending() is None:
         return None
     if shadow:
-        vcpu.machine.step_blocks = 1
+        vcpu.begin_step()
         return None
     return apic.external_interrupt(vcpu, nested)
 
@@ -126,34 +278,20 @@ def _into_l2(vcpu: Vcpu, nested: NestedVmx) -> int:
     if vcpu.nmi_pending and not exiting and not vcpu.nmi_blocked:
         if not vcpu.state.interrupt_shadow:
             return events.inject_nmi(vcpu)
-        vcpu.machine.step_blocks = 1
+        vcpu.begin_step()
+    if vcpu.activity is Activity.SHUTDOWN:
+        return RESUME
     virtual = apic.deliver_virtual_interrupt(vcpu, nested)
     if virtual != RESUME:
         return virtual
-    if not nested.pin & PinBasedControls.external_interrupt_exiting:
+    external = nested.pin & PinBasedControls.external_interrupt_exiting
+    if not external:
         action = events.deliver_interrupt(vcpu)
         if action != RESUME:
             return action
+    waiting = not external and vcpu.lapic.pending() is not None
     wanted = nested.primary & PrimaryControls.interrupt_window_exiting
-    waiting = not nested.pin & PinBasedControls.external_interrupt_exiting and (
-        vcpu.lapic.pending() is not None
-    )
     vcpu.processor.request_window(
         bool(wanted) or waiting or apic.virtual_interrupt_waits(vcpu, nested)
     )
-    _arm_trap(vcpu, nested)
     return RESUME
-
-
-def _arm_trap(vcpu: Vcpu, nested: NestedVmx) -> None:
-    """The monitor trap flag: one instruction, then an exit."""
-    if nested.primary & PrimaryControls.monitor_trap_flag:
-        vcpu.machine.step_instruction(vcpu)
-        nested.trap_pending = True
-
-
-def block_nmi(vcpu: Vcpu, nested: NestedVmx) -> None:
-    """An NMI was injected into L2: blocking lasts until L2's IRET."""
-    if not nested.pin & PinBasedControls.virtual_nmis:
-        vcpu.nmi_blocked = True
-    vcpu.state.intercepts |= IRET_MASK

@@ -17,6 +17,7 @@ from undervisor.arch.vmx.controls import (
 )
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import (
     DR7_FIXED_ONE,
@@ -25,7 +26,7 @@ from undervisor.arch.x86.registers import (
     Cr4,
     Efer,
 )
-from undervisor.arch.x86.segments import Segment, access_rights_of
+from undervisor.arch.x86.segments import Segment
 from undervisor.hypervisor import describe
 from undervisor.hypervisor.nested.vmx import msr_lists
 from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, Vmcs
@@ -43,8 +44,16 @@ _FLAT: Final = 0xFFFF_FFFF
 _TSS_LIMIT: Final = 0x67
 _TABLE_LIMIT: Final = 0xFFFF
 _VALID: Final = 1 << 31
+_RIP, _RSP, _RFLAGS, _RAX = V.RIP >> 3, V.RSP >> 3, V.RFLAGS >> 3, V.RAX >> 3
+_CR0, _CR2, _DR6, _EFER = V.CR0 >> 3, V.CR2 >> 3, V.DR6 >> 3, V.EFER >> 3
+_SHADOW, _CS_ATTRIBUTES = V.INTERRUPT_SHADOW >> 3, V.CS_ATTRIBUTES >> 1
+_LMA: Final = Efer.lma
 _ENTRY_FAILURE: Final = 1 << 31
 _ABORT_HOST_MSR: Final = 4  # SDM 3C "VMX Aborts": problem loading host MSRs
+_UNBLOCKED: Final = 1 << 12
+_TELL_UNBLOCKING: Final = frozenset(
+    {ExitReason.EPT_VIOLATION, ExitReason.PAGE_MODIFICATION_LOG_FULL}
+)
 _STATES: Final = {activity: state for state, activity in ACTIVITIES.items()}
 _DATA_SEGMENTS: Final = (
     (V.ES_SELECTOR, F.HOST_ES_SELECTOR, None),
@@ -85,6 +94,9 @@ def prepare_host_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     host.sysenter_cs = fields[F.HOST_SYSENTER_CS]
     host.sysenter_esp = fields[F.HOST_SYSENTER_ESP]
     host.sysenter_eip = fields[F.HOST_SYSENTER_EIP]
+    nested.loads_host_efer = bool(controls & ExitControls.load_efer)
+    if nested.loads_host_efer:
+        host.efer = fields[F.HOST_EFER]
 
 
 def _host_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
@@ -114,7 +126,7 @@ def leave(
     vmcs = nested.vmx.current
     assert vmcs is not None, "L2 runs under a current VMCS"
     fields = vmcs.fields
-    fields[F.EXIT_REASON] = int(reason)
+    fields[F.EXIT_REASON] = reason
     fields[F.EXIT_QUALIFICATION] = qualification
     fields[F.EXIT_INSTRUCTION_LENGTH] = length
     fields[F.EXIT_INTERRUPTION_INFORMATION] = interruption
@@ -122,10 +134,30 @@ def leave(
     fields[F.EXIT_INSTRUCTION_INFORMATION] = information
     fields[F.GUEST_LINEAR_ADDRESS] = linear
     fields[F.GUEST_PHYSICAL_ADDRESS] = physical
-    nested.reason = reason.name
+    nested.last = reason
     record_vectoring(vcpu, nested, fields)
     save_guest_state(vcpu, nested, vmcs)
     return load_host_state(vcpu, nested, fields)
+
+
+def _record_unblocking(
+    vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int], reason: ExitReason
+) -> None:
+    """ "NMI unblocking due to IRET": IRET faults after it has unblocked NMIs.
+
+    SDM 3C "Information About NMI Unblocking Due to IRET".
+    """
+    unblocked, nested.iret_unblocked = nested.iret_unblocked, False
+    vcpu.cancel_step()
+    nested.trap_pending = False
+    if not unblocked or vcpu.exit.event:
+        return
+    if reason == ExitReason.EXCEPTION_OR_NMI:
+        information = fields[F.EXIT_INTERRUPTION_INFORMATION]
+        if information >> 8 & 7 == 3 and information & 0xFF != Vector.DF:
+            fields[F.EXIT_INTERRUPTION_INFORMATION] |= _UNBLOCKED
+    elif reason in _TELL_UNBLOCKING:
+        fields[F.EXIT_QUALIFICATION] |= _UNBLOCKED
 
 
 def leave_failed_entry(vcpu: Vcpu, nested: NestedVmx, reason: int, qualification: int) -> Verdict:
@@ -160,21 +192,30 @@ def record_vectoring(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> N
 
 def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     """SDM 3C "Saving Guest State"."""
-    vmcb, fields, processor = vcpu.vmcb02, vmcs.fields, vcpu.processor
-    processor.save(vmcb)
-    processor.save_vmx_extra(vmcb)
+    vmcb, fields = vcpu.vmcb02, vmcs.fields
+    vcpu.processor.save_vmx(vmcb)
     vmcs.stale = True
     q = vmcb.q
-    fields[F.GUEST_RIP] = q[V.RIP >> 3]
-    fields[F.GUEST_RSP] = q[V.RSP >> 3]
-    fields[F.GUEST_RFLAGS] = q[V.RFLAGS >> 3]
-    fields[F.GUEST_CR0] = q[V.CR0 >> 3]
-    fields[F.GUEST_CS_ACCESS_RIGHTS] = access_rights_of(vmcb.w[V.CS_ATTRIBUTES >> 1])
+    fields[F.GUEST_RIP] = q[_RIP]
+    fields[F.GUEST_RSP] = q[_RSP]
+    fields[F.GUEST_RFLAGS] = q[_RFLAGS]
+    fields[F.GUEST_CR0] = q[_CR0]
+    attributes = vmcb.w[_CS_ATTRIBUTES]
+    fields[F.GUEST_CS_ACCESS_RIGHTS] = attributes & 0xFF | (attributes & 0xF00) << 4
     fields[F.ENTRY_INTERRUPTION_INFORMATION] &= ~_VALID
     fields[F.GUEST_ACTIVITY_STATE] = _STATES[vcpu.activity]
-    fields[F.GUEST_INTERRUPTIBILITY_STATE] = _interruptibility(vcpu, nested)
+    blocked = q[_SHADOW] & 1 or nested.virtual_nmi_blocked or vcpu.nmi_blocked
+    fields[F.GUEST_INTERRUPTIBILITY_STATE] = _interruptibility(vcpu, nested) if blocked else 0
     fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS] = nested.pending_debug
     nested.pending_debug = 0
+    long_mode = q[_EFER] & _LMA
+    if nested.saves_more or bool(long_mode) != nested.ia32e_mode_guest:
+        _save_more(vcpu, nested, vmcs)
+
+
+def _save_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
+    """What an exit saves only when a control asks for it."""
+    q, fields = vcpu.vmcb02.q, vmcs.fields
     controls = nested.exit_controls
     if controls & ExitControls.save_debug_controls:
         fields[F.GUEST_DR7] = q[V.DR7 >> 3]
@@ -190,7 +231,8 @@ def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
         new = entry_controls | (EntryControls.ia32e_mode_guest if long_mode else 0)
         if new != fields[F.ENTRY_CONTROLS]:
             fields[F.ENTRY_CONTROLS] = new
-            vmcs.written.add(F.ENTRY_CONTROLS)
+            nested.ia32e_mode_guest = bool(long_mode)
+            nested.entry_controls = new
     if fields[F.EXIT_MSR_STORE_COUNT]:
         msr_lists.store(vcpu, fields[F.EXIT_MSR_STORE_ADDRESS], fields[F.EXIT_MSR_STORE_COUNT])
 
@@ -212,21 +254,22 @@ def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
 def load_host_state(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Verdict:
     """SDM 3C "Loading Host State": L1 goes on at its host RIP."""
     host, q02 = vcpu.vmcb01, vcpu.vmcb02.q
-    efer = _host_efer(vcpu, nested, fields)
     host.b[_SAVE_AREA] = nested.host_vmcb.b[_SAVE_AREA]
     q = host.q
-    q[V.EFER >> 3] = efer
-    q[V.RAX >> 3] = q02[V.RAX >> 3]
-    q[V.CR2 >> 3] = q02[V.CR2 >> 3]
-    q[V.DR6 >> 3] = q02[V.DR6 >> 3]
+    q[_RAX], q[_CR2], q[_DR6] = q02[_RAX], q02[_CR2], q02[_DR6]
+    if not nested.loads_host_efer:
+        q[_EFER] = _host_efer(vcpu, nested, fields)
     vcpu.in_l2, vcpu.vmcb = False, host
     vcpu.activity = Activity.ACTIVE
-    vcpu.attention = True
+    vcpu.attention = vcpu.has_pending
     vcpu.processor.request_window(False)
-    if nested.pin & PinBasedControls.virtual_nmis:
-        nested.virtual_nmi_blocked = False
-    vcpu.load(host)
-    vcpu.processor.load_vmx_extra(host)
+    nested.virtual_nmi_blocked = False
+    vcpu.load_vmx(host)
+    return _load_more(vcpu, nested, fields) if nested.loads_more else SWITCHED
+
+
+def _load_more(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Verdict:
+    """What an exit loads only when a control asks for it, or an MSR is there to be cleared."""
     nested.save_msr(vcpu, Msr.DEBUGCTL, 0)
     if nested.exit_controls & ExitControls.load_pat:
         vcpu.msrs[Msr.PAT] = fields[F.HOST_PAT]

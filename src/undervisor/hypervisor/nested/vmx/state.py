@@ -17,7 +17,7 @@ from undervisor.silicon.memory import Memory
 from undervisor.silicon.processor import SiliconVmcb
 from undervisor.silicon.world import VmcbField as V
 
-ACTIVITIES: Final = {
+ACTIVITIES: Final[dict[int, Activity]] = {
     ActivityState.ACTIVE: Activity.ACTIVE,
     ActivityState.HLT: Activity.HALTED,
     ActivityState.SHUTDOWN: Activity.SHUTDOWN,
