@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "undervisor"
 ALLOWED = {
     "arch": set(),
     "silicon": {"arch"},
+    "explain": {"arch"},
     "hypervisor": {"arch", "silicon"},
     "guest": {"arch"},
     "targets": {"arch", "guest", "hypervisor", "silicon"},
@@ -18,7 +19,7 @@ ALLOWED = {
     "host": {"arch"},
     "domains": {"arch", "host"},
     "lab": {"arch", "host", "domains", "guest", "targets"},
-    "report": {"arch", "host", "domains", "lab"},
+    "report": {"arch", "explain", "host", "domains", "lab"},
 }
 ONLY_BUILTIN_MAY = {"hypervisor", "silicon"}
 

@@ -21,6 +21,8 @@ VERBS: dict[str, str] = {
     "disable": "enable",
     "record": "record",
     "migrate": "migrate",
+    "explain": "explain",
+    "rules": "rules",
     "exits": "exits",
     "report": "report",
 }
