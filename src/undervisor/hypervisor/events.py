@@ -83,9 +83,9 @@ def can_wake(vcpu: Vcpu) -> bool:
         return True
     if vcpu.activity is Activity.WAIT_FOR_SIPI:
         return vcpu.sipi_vector is not None
-    if vcpu.activity is Activity.SHUTDOWN:
-        return bool(vcpu.nmi_pending)
     if vcpu.in_l2:
         return vcpu.attention
+    if vcpu.activity is Activity.SHUTDOWN:
+        return bool(vcpu.nmi_pending)
     nmi = vcpu.nmi_pending and not vcpu.nmi_blocked
     return bool(nmi) or (vcpu.interrupts_enabled and vcpu.lapic.pending() is not None)

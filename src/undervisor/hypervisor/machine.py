@@ -63,6 +63,9 @@ ROM: Final = ((0xC0000, 0x100000),)
 
 _L1_INTERCEPTS: Final = intercept_mask(*intercepts.L1)
 
+Suspended = tuple[int, bool, tuple[int, int, int], tuple[int, int], int]
+"""What a stopped run still has to do: action, interrupt window, prepared event, budget."""
+
 
 class Machine:
     """A PC for L1: RAM, one to eight processors of one model, a platform, virtual time.
@@ -101,7 +104,7 @@ class Machine:
         self._armings = 0
         self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
-        self._suspended: tuple[int, bool, tuple[int, int, int], tuple[int, int]] | None = None
+        self._suspended: Suspended | None = None
         self.step_blocks = 0
         self._stepping = False
         self.look_again = False
@@ -266,6 +269,7 @@ class Machine:
             processor.window_requested,
             (state.exception_index.value, state.error_code, state.is_int),
             (state.next_rip, state.old_exception),
+            processor.budget,
         )
         return LEAVE
 
@@ -273,7 +277,7 @@ class Machine:
         """The first exit of a continued run, before its first instruction; then as ever."""
         if self._suspended is None:
             return self._on_exit(code)
-        action, window, (index, error, is_int), (next_rip, old) = self._suspended
+        action, window, (index, error, is_int), (next_rip, old), budget = self._suspended
         self._suspended = None
         # Else the fetch faulted, and will do so again: no block has been entered.
         entered = 1 if code == EXIT_BUDGET else 0
@@ -283,6 +287,9 @@ class Machine:
         state.exception_index.value, state.error_code, state.is_int = index, error, is_int
         state.next_rip, state.old_exception = next_rip, old
         if action == RUN_ON:
+            if self.current.step is None and self._nothing_new(self.current):
+                self.processor.set_budget(budget)
+                return RUN_ON
             action = self._attend(self.current)
             if action == LEAVE:
                 return self._suspend(RUN_ON)

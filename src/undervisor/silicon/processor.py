@@ -24,7 +24,7 @@ from undervisor.errors import SiliconDied
 from undervisor.silicon import fixes, glue, layout, library
 from undervisor.silicon.fpu import Fpu
 from undervisor.silicon.layout import STATE_SIZE, Env
-from undervisor.silicon.memory import Memory
+from undervisor.silicon.memory import PRIVATE_BASE, Memory
 from undervisor.silicon.state import State
 
 RESUME: Final = glue.ACTION_RESUME
@@ -112,6 +112,7 @@ class Processor:
         self._blocks = variable("blocks", 0)
         self._exit_cost = variable("exit_cost", 0)
         self._kicked = variable("kicked", 0)
+        variable("private", self.memory.host_pointer(PRIVATE_BASE) - PRIVATE_BASE)
         resume, fault = fixes.walk_addresses()
         variable("walk_resume", resume)
         variable("walk_fault", fault)

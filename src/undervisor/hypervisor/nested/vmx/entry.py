@@ -195,13 +195,11 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
     vcpu.attention = nested.watchful or vcpu.activity is not Activity.ACTIVE or vcpu.has_pending
     nested.pending_debug = 0
     if fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]:
-        nested.pending_debug = events.pending_at_entry(fields)
-        vcpu.attention = True
+        events.load_pending_debug(vcpu, nested, fields)
     if not fields[F.ENTRY_INTERRUPTION_INFORMATION] >> 31:
         return SWITCHED
     deliver = inject_event(vcpu, nested, fields)
     if deliver != RESUME:
-        vcpu.attention = True
         events.delivered(vcpu, nested)
     return Switched(deliver)
 

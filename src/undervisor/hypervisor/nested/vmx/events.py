@@ -115,11 +115,14 @@ def _startup(vcpu: Vcpu, nested: NestedVmx) -> int:
 # -- debug exceptions and the monitor trap flag -------------------------------------------------
 
 
-def pending_at_entry(fields: dict[int, int]) -> int:
-    """The debug exceptions that are pending after an entry.
+def load_pending_debug(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """The debug exceptions that an entry leaves pending."""
+    nested.pending_debug = _pending_at_entry(fields)
+    vcpu.attention |= bool(nested.pending_debug)
 
-    SDM 3C "Delivery of Pending Debug Exceptions after VM Entry".
-    """
+
+def _pending_at_entry(fields: dict[int, int]) -> int:
+    """SDM 3C "Delivery of Pending Debug Exceptions after VM Entry"."""
     information = fields[F.ENTRY_INTERRUPTION_INFORMATION]
     state = fields[F.GUEST_ACTIVITY_STATE]
     shadow = fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_mov_ss
@@ -196,7 +199,10 @@ def block_nmi(vcpu: Vcpu, nested: NestedVmx) -> None:
 
 
 def watch_iret(vcpu: Vcpu, nested: NestedVmx) -> None:
-    """IRET is watched where it unblocks something. SDM 3C "Changes to Instruction Behavior"."""
+    """After vmcb02 was loaded: IRET is watched where it unblocks something.
+
+    SDM 3C "Changes to Instruction Behavior in VMX Non-Root Operation".
+    """
     unblocks = vcpu.nmi_blocked and not nested.pin & PinBasedControls.nmi_exiting
     if unblocks or nested.virtual_nmi_blocked:
         vcpu.state.intercepts |= IRET_MASK

@@ -135,15 +135,15 @@ def leave(
     fields[F.GUEST_LINEAR_ADDRESS] = linear
     fields[F.GUEST_PHYSICAL_ADDRESS] = physical
     nested.last = reason
+    if nested.iret_unblocked or vcpu.step is not None or vcpu.stepped or nested.trap_pending:
+        _end_step(vcpu, nested, fields, reason)
     record_vectoring(vcpu, nested, fields)
     save_guest_state(vcpu, nested, vmcs)
     return load_host_state(vcpu, nested, fields)
 
 
-def _record_unblocking(
-    vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int], reason: ExitReason
-) -> None:
-    """ "NMI unblocking due to IRET": IRET faults after it has unblocked NMIs.
+def _end_step(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int], reason: ExitReason) -> None:
+    """A step ends with the exit; if it was IRET's, NMIs had been unblocked when it faulted.
 
     SDM 3C "Information About NMI Unblocking Due to IRET".
     """
