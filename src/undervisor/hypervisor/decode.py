@@ -112,6 +112,11 @@ for _i, _name in enumerate(["AH", "CH", "DH", "BH"]):
     _GPR[getattr(Register, _name)] = (_i, 1, 8)
 
 
+def register_index(register: int) -> int:
+    """The number of a general register, in encoding order, by iced's number."""
+    return _GPR[register][0]
+
+
 def read_register(vcpu: Vcpu, register: int) -> int:
     """The value of a general register or of a part of one, by iced's number."""
     index, size, shift = _GPR[register]

@@ -227,8 +227,11 @@ class Machine:
         vcpu = self.current
         exit = vcpu.exit
         exit.take(code)
-        decide = self._traced if self.tracer.wants else self._decide
-        action = self._apply(vcpu, exit, decide(vcpu, exit))
+        verdict = self._traced(vcpu, exit) if self.tracer.wants else self._decide(vcpu, exit)
+        if verdict.__class__ is Resume and verdict.advance:
+            action = vcpu.advance(verdict.advance)
+        else:
+            action = self._apply(vcpu, exit, verdict)
         if vcpu.step is not None:
             self._judge_step(vcpu, exit, action)
         elif action == RUN_ON and self._nothing_new(vcpu):

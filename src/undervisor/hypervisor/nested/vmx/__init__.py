@@ -53,10 +53,13 @@ class NestedVmx:
         self.capabilities = vcpu.model.vmx
         self.ept_rules = EptRules.of(self.capabilities)
         self.vmx = VmxState(VmcsStore(vcpu.memory, vcpu.model))
+        self.writable = self._writable()
         self.host_vmcb = SiliconVmcb(vcpu.memory)
         self.last: ExitReason | str = ""
         self.ia32e_mode_guest = self.loads_debug = self.loads_efer = False
-        self.loads_host_efer = self.enters_more = self.saves_more = self.loads_more = False
+        self.loads_host_efer = self.saves_efer = self.enters_more = self.saves_more = (
+            self.loads_more
+        ) = False
         self.watchful = False
         self.failure: EntryFailure | None = None
         self.resident: Vmcs | None = None
@@ -78,6 +81,12 @@ class NestedVmx:
         self.monitor_armed = False
         self.timer_deadline: int | None = None
         self.pause_first = self.pause_last = 0
+
+    def _writable(self) -> frozenset[int]:
+        """The fields that VMWRITE may write."""
+        known = self.vmx.store.known
+        anything = self.capabilities.misc.vmwrite_any_field
+        return known if anything else known - instructions.READ_ONLY
 
     @property
     def reason(self) -> str:

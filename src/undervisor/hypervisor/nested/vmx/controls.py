@@ -72,6 +72,7 @@ def _plan(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
         or nested.entry_controls & EntryControls.load_pat
         or pin & (PinBasedControls.preemption_timer | PinBasedControls.virtual_nmis)
     )
+    nested.saves_efer = bool(leaving & ExitControls.save_efer)
     nested.saves_more = bool(leaving & _SAVES or fields[F.EXIT_MSR_STORE_COUNT]) or bool(
         pin & PinBasedControls.preemption_timer
     )
@@ -84,7 +85,7 @@ def _plan(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
     )
 
 
-_SAVES: Final = ExitControls.save_debug_controls | ExitControls.save_efer | ExitControls.save_pat
+_SAVES: Final = ExitControls.save_debug_controls | ExitControls.save_pat
 _WATCHED: Final = (
     PrimaryControls.interrupt_window_exiting
     | PrimaryControls.nmi_window_exiting

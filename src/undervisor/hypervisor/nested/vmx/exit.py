@@ -209,6 +209,8 @@ def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS] = nested.pending_debug
     nested.pending_debug = 0
     long_mode = q[_EFER] & _LMA
+    if nested.saves_efer:
+        fields[F.GUEST_EFER] = q[_EFER]
     if nested.saves_more or bool(long_mode) != nested.ia32e_mode_guest:
         _save_more(vcpu, nested, vmcs)
 
@@ -220,8 +222,6 @@ def _save_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     if controls & ExitControls.save_debug_controls:
         fields[F.GUEST_DR7] = q[V.DR7 >> 3]
         fields[F.GUEST_DEBUGCTL] = vcpu.msrs.get(Msr.DEBUGCTL, 0)
-    if controls & ExitControls.save_efer:
-        fields[F.GUEST_EFER] = q[V.EFER >> 3]
     if controls & ExitControls.save_pat:
         fields[F.GUEST_PAT] = vcpu.msrs[Msr.PAT]
     nested.save_timer(vcpu, fields)

@@ -22,7 +22,7 @@ from undervisor.arch.x86.registers import Cr0, Cr4, Efer, Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.exits import exceptions
-from undervisor.hypervisor.nested.vmx import entry, paging
+from undervisor.hypervisor.nested.vmx import entry, paging, usual
 from undervisor.hypervisor.nested.vmx.state import (
     LAZY,
     NO_VMCS,
@@ -79,13 +79,34 @@ def fail(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction, error: Erro
 
 def undefined(vcpu: Vcpu, exit: Exit) -> Verdict:
     """#UD of L1: a VMX instruction, or one that the common handler knows."""
+    nested: NestedVmx = vcpu.nested  # type: ignore[assignment]
+    nested.last = ""
+    data = vcpu.processor.instruction_bytes()
+    quick = _quick.get(data)
+    if quick is not None and vcpu.state.d[usual.HFLAGS] & usual.MODE_MASK == usual.MODE:
+        verdict = quick(vcpu, nested)
+        if verdict is not None:
+            return verdict
     decoded = decode.instruction(vcpu)
     operation = INSTRUCTIONS.get(decoded.code)
     if operation is None:
         return exceptions.undefined(vcpu, exit)
-    nested: NestedVmx = vcpu.nested  # type: ignore[assignment]
-    nested.reason = ""
+    if quick is None and data:
+        _remember(data, decoded)
     return operation(vcpu, nested, decoded)
+
+
+_quick: dict[bytes, usual.Usual] = {}
+_MOST_REMEMBERED: Final = 1024
+
+
+def _remember(data: bytes, decoded: decode.Instruction) -> None:
+    """Work out the quick form of an instruction that has one."""
+    quick = usual.prepare(decoded, MASKS)
+    if quick is not None:
+        if len(_quick) >= _MOST_REMEMBERED:
+            _quick.clear()
+        _quick[data] = quick
 
 
 def is_undefined(vcpu: Vcpu) -> bool:
