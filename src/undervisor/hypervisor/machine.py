@@ -16,7 +16,7 @@ from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootState
 from undervisor.arch.x86.cpuid import Vendor
 from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, combine
-from undervisor.hypervisor import events, intercepts
+from undervisor.hypervisor import decode, events, intercepts
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun
 from undervisor.hypervisor.devices.serial import Input
@@ -57,7 +57,6 @@ EXIT_NS: Final = 1000
 SLICE_BLOCKS: Final = 20_000
 LONGEST_SLICE: Final = 2_000_000
 _FOREVER: Final = 1 << 62
-_EXITS_BETWEEN_LOOKS: Final = 1024  # at the host's clock
 
 ROM: Final = ((0xC0000, 0x100000),)
 
@@ -222,8 +221,6 @@ class Machine:
     def _on_exit(self, code: int) -> int:
         """One #VMEXIT of the silicon; the action to go on with."""
         self._exits += 1
-        if not self._exits % _EXITS_BETWEEN_LOOKS:
-            self.check_wall_clock()
         vcpu = self.current
         exit = vcpu.exit
         exit.take(code)
@@ -403,6 +400,11 @@ class Machine:
         step, q = vcpu.step, vcpu.state.q
         assert step is not None
         ran = exit.code == EXIT_BUDGET and self.processor.blocks - step.blocks > 1
+        if ran and q[16] == step.rip and q[1] != step.count:
+            # The silicon finds out only at the next pass that REP's last iteration is over.
+            decoded = decode.instruction(vcpu)
+            if decode.is_string(decoded) and not q[1] & decode.string_address_mask(vcpu, decoded):
+                ran, step.count = False, q[1]
         if ran or action != RUN_ON or q[16] != step.rip or q[1] != step.count:
             vcpu.end_step()
 
