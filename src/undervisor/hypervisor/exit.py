@@ -17,6 +17,7 @@ _VALID = 1 << 31
 # Exit codes that can interrupt the delivery of an event.
 _DURING_DELIVERY = frozenset(
     {*range(ExitCode.EXCP_DE, ExitCode.EXCP_DE + 32), ExitCode.NPF, ExitCode.SHUTDOWN}
+    - {ExitCode.EXCP_UD}  # no delivery raises it
 )
 
 

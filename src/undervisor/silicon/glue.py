@@ -463,11 +463,11 @@ define void @walk_no_execute() naked {{
 }}
 
 ; The bytes at the instruction pointer, where the emulator's own TLB has just translated it: like
-; the guest instruction bytes of AMD's decode assists.  `fetched` is 0 where there are none.
-@fetched = global i64 0
+; the guest instruction bytes of AMD's decode assists.  The sixteenth is 0 where there are none.
 @instruction = global [16 x i8] zeroinitializer
 define void @fetch(ptr %env) {{
-  store i64 0, ptr @fetched
+  %valid = getelementptr i8, ptr @instruction, i64 15
+  store i8 0, ptr %valid
   %rip_at = getelementptr i8, ptr %env, i64 {Env.RIP.value}
   %rip = load i64, ptr %rip_at
   %base_at = getelementptr i8, ptr %env, i64 {Env.CS + SEGMENT_BASE}
@@ -517,7 +517,7 @@ copy:
   %source = inttoptr i64 %host to ptr
   %bytes = load i128, ptr %source, align 1
   store i128 %bytes, ptr @instruction, align 1
-  store i64 1, ptr @fetched
+  store i8 1, ptr %valid
   ret void
 none:
   ret void

@@ -127,9 +127,8 @@ class Processor:
         self._save_extra = native("save_extra", pointer, pointer)
         self._load_vmx = native("load_vmx", pointer, pointer, pointer, long)
         self._save_vmx = native("save_vmx", pointer, pointer)
-        self._fetched = variable("fetched", 0)
-        raw = (ctypes.c_ubyte * 16).from_address(compiled.variable("instruction"))
-        self._instruction = memoryview(raw).cast("B")
+        where = compiled.variable("instruction")
+        self._instruction = (ctypes.c_char * 16).from_address(where)
         return compiled
 
     def _hook(self) -> None:
@@ -254,7 +253,8 @@ class Processor:
 
     def instruction_bytes(self) -> bytes:
         """15 bytes at the exiting instruction, or none where the silicon did not have them."""
-        return bytes(self._instruction[:15]) if self._fetched.value else b""
+        data = self._instruction.raw
+        return data[:15] if data[15] else b""
 
     def reset(self) -> None:
         """The whole state as it was when the processor was built."""
