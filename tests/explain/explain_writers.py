@@ -322,7 +322,8 @@ def xen_vmcs(s):
         lines.append(f"{label}: {sel:04x} {attr:05x} {limit:08x} {base:016x}")
     lines += [
         f"EFER(VMCS) = 0x{s[F.GUEST_EFER]:016x}  PAT = 0x{s[F.GUEST_PAT]:016x}",
-        f"PreemptionTimer = 0x{s[F.PREEMPTION_TIMER_VALUE]:08x}  SM Base = 0x{s[F.GUEST_SMBASE]:08x}",
+        f"PreemptionTimer = 0x{s[F.PREEMPTION_TIMER_VALUE]:08x}  "
+        f"SM Base = 0x{s[F.GUEST_SMBASE]:08x}",
         f"DebugCtl = 0x{s[F.GUEST_DEBUGCTL]:016x}  "
         f"DebugExceptions = 0x{s[F.GUEST_PENDING_DEBUG_EXCEPTIONS]:016x}",
         f"Interruptibility = {s[F.GUEST_INTERRUPTIBILITY_STATE]:08x}  "
@@ -521,7 +522,7 @@ def qemu(
     ]
     if efer is not None:
         lines.append(f"EFER={efer:016x}")
-    lines.append("Code=" + code if code else "Code=<00> 00 00 00 00 00 00 00 00 00 00 00")
+    lines.append("Code=" + code if code else "Code=66 90 66 90 <fa> fc 31 c0 8e d8 8e c0 8e d0")
     return lines
 
 

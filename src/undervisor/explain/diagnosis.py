@@ -219,7 +219,10 @@ def _reason_name(reason: int) -> str:
 def _ranked(
     broken: list[AnyViolation], dump: Dump, failure: Failure | None, known: bool
 ) -> list[AnyViolation]:
-    """Named by the log, then fitting the reported outcome, then certain, then in manual order."""
+    """Named by the log, then fitting the reported outcome, then certain, then in manual order.
+
+    Without capabilities the address widths are guesses; what else is assumed holds everywhere.
+    """
     named = set(dump.named)
 
     def key(violation: AnyViolation) -> tuple[bool, bool, bool, int]:
@@ -227,7 +230,7 @@ def _ranked(
         return (
             rule.id not in named,
             not _matches(rule, failure),
-            bool(rule.assumes) and not known,
+            not known and "width" in rule.assumes,
             _MANUAL_ORDER[rule.id],
         )
 

@@ -194,14 +194,14 @@ _GUEST_KEYS = {key: number for key, number in SVM_NAMES.items() if number >= 0x4
 for _key, _number in _GUEST_KEYS.items():
     SVM_NAMES.setdefault(tuple(sorted((*_key, "guest"))), _number)
 
-_ENCODING = re.compile(r"(?:0x)?([0-9a-fA-F]{4,8})h?\Z")
+_ENCODING = re.compile(r"(?:0x([0-9a-fA-F]{1,8})|([0-9a-fA-F]{4,8})h?)\Z")
 
 
 def vmx_field(name: str) -> int | None:
     """The VMCS field (or entry input) of a name or an encoding; None where there is none."""
     match = _ENCODING.match(name.strip())
     if match:
-        number = int(match[1], 16)
+        number = int(match[1] or match[2], 16)
         try:
             return int(VmcsField(number))
         except ValueError:
@@ -221,7 +221,7 @@ def is_high_half(name: str) -> int | None:
     """The 64-bit field whose high 32 bits `name` means, None for every other name."""
     match = _ENCODING.match(name.strip())
     if match:
-        number = int(match[1], 16)
+        number = int(match[1] or match[2], 16)
         known = number & 1 and number ^ 1 in VmcsField._value2member_map_
         return number ^ 1 if known else None
     if not name.upper().rstrip("]) ").endswith("HIGH"):

@@ -90,9 +90,7 @@ def _bounded(chunks: Iterable[bytes]) -> bytes:
             window += chunk[:rest]
             rest -= len(chunk)
         joined = (before[-1][-64:] if before else b"") + chunk
-        sign = max((joined.rfind(marker) for marker in MARKERS), default=-1)
-        if sign >= 0 and rest <= 0:
-            first = _first_sign(joined)
+        if rest <= 0 and (first := _first_sign(joined)) >= 0:
             window = (b"".join(before) + chunk)[-len(chunk) - KEEP_BEFORE :]
             cut = max(0, len(window) - len(joined) + first - KEEP_BEFORE)
             window = window[cut:]
@@ -107,7 +105,9 @@ def _bounded(chunks: Iterable[bytes]) -> bytes:
 
 
 def _first_sign(text: bytes) -> int:
-    return min(found for marker in MARKERS if (found := text.find(marker)) >= 0)
+    """Where the first marker is, -1 where none is."""
+    places = (found for marker in MARKERS if (found := text.find(marker)) >= 0)
+    return min(places, default=-1)
 
 
 def read(raw: bytes) -> list[Dump]:
