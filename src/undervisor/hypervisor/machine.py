@@ -374,7 +374,7 @@ class Machine:
             return processor.inject_interrupt(vector)
         if kind == EventType.NMI:
             return processor.inject_nmi()
-        if kind == EventType.EXCEPTION:
+        if kind == EventType.EXCEPTION and not vcpu.state.is_int:
             return processor.inject_exception(vector, event >> 32 if event & 0x800 else None)
         return processor.inject_software(
             vector, vcpu.state.next_rip - vcpu.state.rip, EventType(kind)

@@ -16,6 +16,7 @@ from undervisor.hypervisor.nested import Handler
 from undervisor.hypervisor.nested.svm import events, guest, instructions, paging, reflect
 from undervisor.hypervisor.nested.svm.state import SvmState
 from undervisor.hypervisor.verdict import Verdict
+from undervisor.silicon.glue import EXIT_BUDGET
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
@@ -29,6 +30,7 @@ L1_EXITS: Final[dict[int, SvmHandler]] = {
     ExitCode.STGI: instructions.stgi,
     ExitCode.CLGI: instructions.clgi,
     ExitCode.INVLPGA: instructions.invlpga,
+    EXIT_BUDGET: events.end_of_slice,
 }
 
 

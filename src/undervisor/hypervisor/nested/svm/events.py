@@ -5,22 +5,27 @@ APM 2 "Interrupt and Local APIC Support", "Global Interrupt Flag", "INIT Support
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.svm.exits import ExitCode, SmiInfo
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import VirtualInterrupt
-from undervisor.arch.x86.events import Fault, Vector
+from undervisor.arch.x86.events import Fault, GuestFault, Vector
 from undervisor.arch.x86.msr import Msr, VmCr
-from undervisor.arch.x86.registers import Rflags
+from undervisor.arch.x86.registers import Efer, Rflags
 from undervisor.hypervisor import events
-from undervisor.hypervisor.nested import INIT_BLOCKED
+from undervisor.hypervisor.exits import windows
+from undervisor.hypervisor.nested import INIT_BLOCKED, GuestExit
 from undervisor.hypervisor.nested.svm import reflect
 from undervisor.hypervisor.nested.svm.exit import leave
 from undervisor.hypervisor.vcpu import Activity
+from undervisor.hypervisor.verdict import Verdict
+from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import RESUME
 
 if TYPE_CHECKING:
+    from undervisor.hypervisor.exit import Exit
     from undervisor.hypervisor.nested.svm.state import SvmState
     from undervisor.hypervisor.vcpu import Vcpu
 
@@ -42,11 +47,51 @@ def take_init(vcpu: Vcpu, svm: SvmState) -> int | None:
     vcpu.init_pending = False
     vcpu.activity = Activity.ACTIVE
     reflected = reflect.fault(vcpu, svm, 0, _SX) if vcpu.in_l2 else None
-    return vcpu.inject(_SX) if reflected is None else reflected.deliver
+    if reflected is not None:
+        return reflected.deliver
+    svm.owes_error_code = vcpu.attention = True
+    return vcpu.inject(_SX)
+
+
+def end_of_slice(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
+    """A look between two blocks; the first in the handler of #SX completes its frame."""
+    if svm.owes_error_code:
+        _push_error_code(svm, vcpu)
+    return windows.end_of_slice(vcpu, exit)
+
+
+def _push_error_code(svm: SvmState, vcpu: Vcpu) -> None:
+    """Push the error code of #SX, which the silicon takes for an exception without one.
+
+    Nothing is pushed where the delivery ended elsewhere, in another exception's handler.
+    GuestFault and GuestExit where the stack cannot be written.
+    """
+    svm.owes_error_code = False
+    state = vcpu.state
+    long_mode = bool(state.efer & Efer.lma)
+    size = 16 if long_mode else 8
+    gate = vcpu.read_gva_system(state.segment_base(Env.IDTR) + size * Vector.SX, size)
+    low, attributes, high = struct.unpack_from("<H3xB2s", gate)
+    if state.rip != low | int.from_bytes(high + gate[8:12], "little") << 16:
+        return
+    width = 8 if long_mode else 4 if attributes & 8 else 2
+    base = 0 if long_mode else state.segment_base(Env.SS)
+    where = base + state.q[4] - width
+    fault = vcpu.write_gva(where, (_SX.error_code or 0).to_bytes(width, "little"))
+    if fault is not None:
+        raise GuestFault(fault)
+    state.q[4] -= width
 
 
 def deliver(vcpu: Vcpu, svm: SvmState) -> int:
     """What waits while L2 runs: an exit to L1 or an injection; the silicon's action."""
+    if svm.owes_error_code:
+        try:
+            _push_error_code(svm, vcpu)
+        except GuestFault as raised:
+            return vcpu.machine.raise_trap(vcpu, raised.fault)
+        except GuestExit:  # the switch to L1 has happened
+            return RESUME
     window = False
     if vcpu.gif:
         if vcpu.smi_pending:
@@ -65,7 +110,9 @@ def deliver(vcpu: Vcpu, svm: SvmState) -> int:
                     return leave(vcpu, svm, ExitCode.INTR).deliver
                 if not vcpu.state.interrupt_shadow:
                     return _interrupt(vcpu, vcpu.lapic.acknowledge())
-            window = True
+                vcpu.machine.step_blocks = 1
+            elif not svm.masks_interrupts:
+                window = True  # the host's own flag cannot change while L2 runs
     if svm.virtual & _V_IRQ and svm.gif(vcpu) and _has_priority(svm):
         if vcpu.interrupts_enabled:
             return _virtual_interrupt(vcpu, svm)

@@ -10,8 +10,9 @@ from undervisor.arch.x86.events import EventType, Fault
 from undervisor.arch.x86.registers import legalize_cr8
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, halt
-from undervisor.hypervisor.nested.svm import instructions, reflect
+from undervisor.hypervisor.nested.svm import events, instructions, reflect
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Switched, Verdict
+from undervisor.silicon.glue import EXIT_BUDGET
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.exit import Exit
@@ -113,5 +114,6 @@ L2_EXITS: Final = {
     ExitCode.VMSAVE: vmsave,
     ExitCode.INVLPGA: instructions.invlpga,
     ExitCode.MONITOR: monitor,
+    EXIT_BUDGET: events.end_of_slice,
 }
 del L2_EXITS[ExitCode.EXCP_UD]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Reflection = Callable[["SvmState", "Vcpu", "Exit"], Verdict | None]
 
+_TYPE: Final = 0x700
+_ONE_BYTE: Final = {int(Vector.BP): b"\xcc", int(Vector.OF): b"\xce"}
 _NEXT_RIP: Final = frozenset(int(code) for code in SAVES_NEXT_RIP)
 _LAST: Final = int(Intercept.IDLE_HLT)
 _MOV: Final = 1 << 63
@@ -43,7 +45,7 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     """The exit that L1 sees, or None when L0 handles it for L2."""
     code = exit.code
     if exit.event:
-        _restore_rip(svm, vcpu, exit.event)
+        _restore_rip(svm, vcpu, exit)
     else:
         svm.software_rip = None
     special = _SPECIAL.get(code)
@@ -60,18 +62,21 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     )
 
 
-def _restore_rip(svm: SvmState, vcpu: Vcpu, event: int) -> None:
+def _restore_rip(svm: SvmState, vcpu: Vcpu, exit: Exit) -> None:
     """The delivery of INT n, INT3 or INTO did not finish: RIP is the instruction's.
 
     The silicon has moved it to the next one by then.
     """
-    kind, state = event >> 8 & 7, vcpu.state
-    by_software = kind == EventType.EXCEPTION and event & 0xFF in (Vector.BP, Vector.OF)
-    if kind != EventType.SOFTWARE_INTERRUPT and not by_software:
+    kind, state = exit.event >> 8 & 7, vcpu.state
+    one_byte = _ONE_BYTE.get(exit.event & 0xFF)
+    if kind != EventType.SOFTWARE_INTERRUPT and (kind != EventType.EXCEPTION or not one_byte):
         return
     if svm.software_rip is None:
-        length = 1 if by_software else 2
-        svm.software_rip = state.next_rip - length
+        before = vcpu.read_gva(vcpu.linear_rip() - 1, 1)
+        is_exception = bool(one_byte) and before == one_byte
+        if is_exception:  # the silicon calls INT3 and INTO software interrupts
+            exit.event = exit.event & ~_TYPE | EventType.EXCEPTION << 8
+        svm.software_rip = state.next_rip - (1 if is_exception else 2)
     state.rip = svm.software_rip
 
 

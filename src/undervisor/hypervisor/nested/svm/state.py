@@ -66,6 +66,7 @@ class SvmState:
         self.virtual_vmload = False
         self.pauses_left = 0
         self.monitor_armed = False
+        self.owes_error_code = False
         self.software_rip: int | None = None
         self.reason = ""
         self.shadows.stale = True
