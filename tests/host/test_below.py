@@ -26,6 +26,8 @@ def machine(name):
         ("intel-l1-passthrough", Below.KVM),
         ("software-kvm", Below.KVM),
         ("tcg-l1", Below.TCG),
+        ("recorded-tcg-svm", Below.TCG),
+        ("recorded-l2-kvm", Below.KVM),
         ("vmware-l1", Below.OTHER),
         ("wsl2-nested-off", Below.OTHER),
         ("hidden-hypervisor", Below.UNKNOWN),
@@ -55,6 +57,11 @@ def test_without_a_measurement_the_signature_counts():
     it = machine("intel-l1-passthrough")
     place = dataclasses.replace(it.place, timing=Unknown("timing", "a shell measures no ticks"))
     assert below(dataclasses.replace(it, place=place)).below is Below.KVM
+
+
+def test_a_real_l1_says_that_its_l2_holds_a_kvm_machine():
+    guests = machine("recorded-l1-with-l2").software.guests.value
+    assert [(g.name, guest_answer(g).below) for g in guests] == [("inner", Below.KVM)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from undervisor.host.access.protocol import Host
 from undervisor.host.fact import Absent, Denied, Fact, Known, Unknown, value_or
 from undervisor.host.facts.machine import Machine
+from undervisor.host.facts.software import processes
 
 FILE_LIMIT = 8 << 20
 """Bytes of one item; a dmesg or a libvirt log of a busy host can reach some MiB."""
@@ -106,7 +107,7 @@ _COMMAND_LINES = Item(
 def _command_lines(host: Host) -> Collected:
     """Running guests from ps, and those that libvirt logged."""
     parts = []
-    ran = host.run(["ps", "-eww", "-o", "pid=", "-o", "args="])
+    ran = processes(host)
     if isinstance(ran, Known):
         lines = [line for line in ran.value.stdout.splitlines() if "qemu" in line]
         parts += lines

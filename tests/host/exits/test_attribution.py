@@ -2,13 +2,14 @@
 
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
 from undervisor.errors import BadInput
 from undervisor.host.exits.attribute import REASON_LIMIT, Attribution, Whose
 from undervisor.host.exits.stats import parse_binary
-from undervisor.host.exits.trace import Event, parse
+from undervisor.host.exits.trace import TRACEPOINTS, Event, parse
 
 FORMS = {
     "trace-cmd": " CPU {n}/KVM-{t}  [002]  {time:.6f}: {event}:   {rest}",
@@ -68,6 +69,21 @@ TOLD = {
     ("L2_TO_L0", "EPT_VIOLATION"): 1,
     ("L2_TO_L1", "CPUID"): 1,
 }
+
+
+def test_a_trace_of_a_real_kvm_with_three_levels():
+    """From a Debian 6.1 kernel: its guest runs kvm_amd, and a guest of its own."""
+    text = (Path(__file__).parent / "three-levels.txt").read_text()
+    tally = tally_of(text.splitlines())
+    number = {name: text.count(f" {name}: ") for name in TRACEPOINTS}
+    assert tally.nested_entries == number["kvm_nested_vmenter"] > 5
+    hardware = [tally.total(w) for w in (Whose.L1, Whose.L2_TO_L0, Whose.L2_TO_L1)]
+    assert sum(hardware) == number["kvm_exit"]
+    assert sum(hardware[1:]) == number["kvm_nested_vmexit"]
+    assert hardware[2] + tally.total(Whose.MADE_UP) == number["kvm_nested_vmexit_inject"]
+    assert tally.counts[Whose.L1]["VMRUN"] == tally.nested_entries
+    assert not tally.counts[Whose.L2_TO_L1]["VMRUN"]
+    assert (tally.vcpus, tally.lost, tally.total(Whose.UNKNOWN)) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -43,7 +43,7 @@ def test_text_without_a_version_is_refused(text):
         ("6.8.12-2-pve", Flavour.DISTRIBUTION),
         ("6.12.4-arch1-1", Flavour.DISTRIBUTION),
         ("6.4.0-150600.23.25-default", Flavour.DISTRIBUTION),
-        ("6.18.44-fc-v669", Flavour.CUSTOM),
+        ("6.18.44-edge", Flavour.CUSTOM),
         ("6.12.40+", Flavour.CUSTOM),
         ("", Flavour.CUSTOM),
     ],

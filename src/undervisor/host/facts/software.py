@@ -12,7 +12,7 @@ from undervisor.host.access.protocol import Host, Output
 from undervisor.host.fact import Absent, Denied, Fact, Known, Unknown, then, value_or
 from undervisor.host.facts.version import Version, parse_version
 
-QEMU_BINARIES = ("qemu-system-{arch}", "/usr/libexec/qemu-kvm", "kvm")
+QEMU_BINARIES = ("qemu-system-{arch}", "qemu-system-{arch}-microvm", "/usr/libexec/qemu-kvm", "kvm")
 """Where distributions put QEMU, the first that answers counts."""
 
 DOMAIN_LIMIT = 200
@@ -136,8 +136,16 @@ def _holds_kvm(host: Host, pid: int) -> bool | None:
     return "anon_inode:kvm-vm" in fact.value.stdout or "/dev/kvm" in fact.value.stdout
 
 
-def _guests(host: Host) -> Fact[tuple[Guest, ...]]:
+def processes(host: Host) -> Fact[Output]:
+    """Process numbers and command lines, from procps or else from BusyBox's ps."""
     fact = host.run(["ps", "-eww", "-o", "pid=", "-o", "args="])
+    if isinstance(fact, Known) and fact.value.status:
+        return host.run(["ps", "-o", "pid,args"])
+    return fact
+
+
+def _guests(host: Host) -> Fact[tuple[Guest, ...]]:
+    fact = processes(host)
     if isinstance(fact, Known) and fact.value.status:
         return Unknown("ps", fact.value.stderr.strip()[:100] or "failed")
     found = []

@@ -45,7 +45,7 @@ def whose(level: int, to: int) -> Whose:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that has ended."""
+    """A run that has ended; `resident` are the host's bytes in memory beside the guest's RAM."""
 
     image: str
     cpu: str
@@ -55,6 +55,7 @@ class Run:
     status: int
     virtual_ns: int
     host_seconds: float
+    resident: int
     cells: Cells
 
     def count(self, vcpu: int | None = None, kind: Whose | None = None) -> int:
@@ -87,6 +88,7 @@ class Run:
             "status": self.status,
             "virtual_ns": self.virtual_ns,
             "host_seconds": self.host_seconds,
+            "resident_bytes": self.resident,
             "vcpus": [
                 {"vcpu": vcpu, **{k.name.lower(): self.count(vcpu, k) for k in Whose}}
                 for vcpu in range(self.cpus)
@@ -147,5 +149,6 @@ def sentence(run: Run) -> str:
     """One line about the whole."""
     return (
         f"{run.count():,} exits in {run.virtual_ns / 1e6:,.3f} ms of virtual time, "
-        f"{run.host_seconds:.2f} s of the host's; {run.ended}"
+        f"{run.host_seconds:.2f} s and {run.resident >> 20} MiB (beside RAM) of the host's; "
+        f"{run.ended}"
     )
