@@ -16,6 +16,7 @@ VERBS: dict[str, str] = {
     # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
     "run": "run",
     "demo": "demo",
+    "bench": "bench",
     "check": "check",
     "enable": "enable",
     "disable": "enable",

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from undervisor.cli import terminal
 from undervisor.cli.child import INTERRUPTED
+from undervisor.cli.resident import resident_beside_ram
 from undervisor.errors import BadInput, GuestDied, SiliconDied, TimedOut
 from undervisor.hypervisor import inspect, models
 from undervisor.hypervisor.machine import Machine
@@ -81,6 +82,7 @@ def show(job: Job, wishes: Wishes) -> Seen:
         status=outcome.status,
         virtual_ns=machine.now(),
         host_seconds=time.monotonic() - started,
+        resident=resident_beside_ram(machine),
         cells=tally.cells if tally else {},
     )
     if tally:
