@@ -64,6 +64,8 @@ class Processor:
         self.memory = memory
         self.engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self.engine.ctl_set_cpu_model(public.UC_CPU_X86_EPYC)
+        # No address ends a run: looking for one, the engine would write the guest's CR2.
+        self.engine.ctl_exits_enabled(True)
         for start, size, pointer in memory.regions():
             self.engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, pointer)
         self._handle = _handle(self.engine)
@@ -165,7 +167,7 @@ class Processor:
         """
         self._on_exit = on_exit
         self._budget.value = budget
-        status = self._start(self._handle, self.state.rip, (1 << 64) - 1, 0, 0)
+        status = self._start(self._handle, self.state.rip, 0, 0, 0)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
