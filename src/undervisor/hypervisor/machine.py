@@ -26,7 +26,7 @@ from undervisor.hypervisor.models import CpuModel
 from undervisor.hypervisor.models.leaves import CpuidState
 from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.vendors import nested_for
-from undervisor.hypervisor.nested_paging import identity
+from undervisor.hypervisor.nested_paging import NestedTables, identity
 from undervisor.hypervisor.platform import Features, Platform
 from undervisor.hypervisor.trace import NO_TRACE, Tracer
 from undervisor.hypervisor.vcpu import Activity, Vcpu
@@ -519,6 +519,10 @@ class Machine:
         if deadline is not None:
             limit = min(limit, (deadline - self.now()) // BLOCK_NS)
         return limit if limit > 0 else 0
+
+    def identity_tables(self) -> NestedTables:
+        """New tables like L1's own, for a change that L1 must not feel."""
+        return identity(self.memory, ROM)
 
     def is_rom(self, gpa: int) -> bool:
         """Whether a guest-physical address is ROM."""

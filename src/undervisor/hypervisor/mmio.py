@@ -43,6 +43,8 @@ def load(vcpu: Vcpu, gva: int, size: int) -> int:
     hpa = vcpu.translate(gva)
     if isinstance(hpa, Fault):
         raise GuestFault(hpa)
+    if _in_window(vcpu, hpa):
+        return vcpu.window.load(hpa, size)  # type: ignore[union-attr]
     if vcpu.memory.is_ram(hpa, size) and not _is_device(vcpu, hpa):
         return int.from_bytes(vcpu.memory.read(hpa, size), "little")
     return vcpu.machine.platform.mmio[vcpu.index].read(hpa, size)
@@ -59,7 +61,9 @@ def store(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
     hpa = vcpu.translate(gva, WRITE)
     if isinstance(hpa, Fault):
         raise GuestFault(hpa)
-    if not vcpu.memory.is_ram(hpa, size) or _is_device(vcpu, hpa):
+    if _in_window(vcpu, hpa):
+        vcpu.window.store(hpa, size, value)  # type: ignore[union-attr]
+    elif not vcpu.memory.is_ram(hpa, size) or _is_device(vcpu, hpa):
         vcpu.machine.platform.mmio[vcpu.index].write(hpa, size, value)
     elif not vcpu.machine.is_rom(hpa):
         vcpu.memory.write(hpa, value.to_bytes(size, "little"))
@@ -71,6 +75,10 @@ def check_store(vcpu: Vcpu, gva: int, size: int) -> None:
         hpa = vcpu.translate(at, WRITE)
         if isinstance(hpa, Fault):
             raise GuestFault(hpa)
+
+
+def _in_window(vcpu: Vcpu, hpa: int) -> bool:
+    return vcpu.in_l2 and vcpu.window is not None and hpa & -PAGE == vcpu.window.page
 
 
 def _is_device(vcpu: Vcpu, hpa: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from undervisor.arch.bits import plain_members
 from undervisor.arch.svm.intercepts import Intercept
@@ -66,6 +66,18 @@ class Activity(Enum):
     WAIT_FOR_SIPI = 3
 
 
+class Window(Protocol):
+    """A page of L1's memory whose accesses by L2 go elsewhere, at host-physical `page`."""
+
+    page: int
+
+    def load(self, hpa: int, size: int) -> int:
+        """Read `size` bytes; GuestExit where L1 must see the access."""
+
+    def store(self, hpa: int, size: int, value: int) -> None:
+        """Write `size` bytes; GuestExit where L1 must see the access."""
+
+
 @dataclass(slots=True)
 class Step:
     """One instruction that is being stepped over: where it began, and when."""
@@ -105,6 +117,7 @@ class Vcpu:
         self.attention = False
         self.step: Step | None = None
         self.stepped = False
+        self.window: Window | None = None
         self.nmi_pending = 0
         self.nmi_blocked = False
         self.smi_pending = False
@@ -120,6 +133,7 @@ class Vcpu:
         self.msr_specs = machine.model.msr_table
         self.is_amd = machine.model.vendor is Vendor.AMD
         self._has_1g_pages = machine.model.has("pdpe1gb")
+        self.linear: int | None = None  # what `translate` looked for last
         self.parked: bytes | None = None
 
     # -- what devices tell it (InterruptSink) --------------------------------------------------
@@ -224,7 +238,7 @@ class Vcpu:
     def stops_after_iteration(self, conditions: int) -> bool:
         """Whether a repeated string instruction traps now: a single step, or `conditions`."""
         self.debug_conditions |= conditions
-        if self.step is not None:
+        if self.step is not None or self.attention:
             return True
         return bool(self.debug_conditions or self.state.q[17] & _TRAP_FLAG)
 
@@ -323,6 +337,7 @@ class Vcpu:
         `system`: an implicit supervisor access, to a descriptor table or a TSS.
         """
         state = self.state
+        self.linear = gva
         if not system and state.cpl == 3:
             access |= USER
         result = walk(
@@ -336,7 +351,7 @@ class Vcpu:
         if isinstance(result, PageFault):
             return result.fault()
         for entry, value in accessed_dirty_updates(result, access):
-            hpa = self.nested.to_hpa(self, entry, tables=True) if self.in_l2 else entry
+            hpa = self.nested.to_hpa(self, entry, write=True, tables=True) if self.in_l2 else entry
             self.memory.set_u64(hpa, value)
         if not self.in_l2:
             return result.gpa

@@ -72,6 +72,9 @@ class NestedVmx:
         self.shadow: NestedTables | None = None
         self.shadows: dict[int, NestedTables] = {}
         self.apic_access_page: int | None = None
+        self.flat: NestedTables | None = None
+        self.tpr_shadow = self.virtual_pending = False
+        self.exit_behind: tuple[ExitReason, int] | None = None
         self.virtual_nmi_blocked = False
         self.blocking_by_mov_ss = False
         self.trap_pending = False
@@ -129,7 +132,7 @@ class NestedVmx:
 
     def to_hpa(self, vcpu: Vcpu, gpa: int, *, write: bool = False, tables: bool = False) -> int:
         """Through L1's EPT."""
-        return paging.to_hpa(vcpu, self, gpa, write=write)
+        return paging.to_hpa(vcpu, self, gpa, write=write, tables=tables)
 
     def peek_gpa(self, vcpu: Vcpu, gpa: int) -> int:
         """A quadword of L2's guest-physical memory, without side effects."""

@@ -15,6 +15,7 @@ from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.hypervisor import intercepts
+from undervisor.hypervisor.nested.vmx import apic
 from undervisor.hypervisor.nested.vmx.state import Vmcs
 from undervisor.silicon.world import Intercept, intercept_mask
 
@@ -48,6 +49,7 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     nested.exit_controls = fields[F.EXIT_CONTROLS]
     nested.tsc_offset = fields[F.TSC_OFFSET] if primary & PrimaryControls.use_tsc_offsetting else 0
     _plan(vcpu, nested, fields)
+    apic.merge(vcpu, nested, fields)
     nested.inputs_move = bool(primary & PrimaryControls.use_tpr_shadow)
     bits = [*intercepts.COMMON, *_wanted(fields, primary, secondary)]
     words = list(intercept_mask(*bits))

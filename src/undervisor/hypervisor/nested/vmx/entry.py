@@ -24,7 +24,7 @@ from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
 from undervisor.arch.x86.segments import UNUSABLE, Segment, attributes_of
-from undervisor.hypervisor.nested.vmx import controls, events, exit, msr_lists, paging
+from undervisor.hypervisor.nested.vmx import apic, controls, events, exit, msr_lists, paging
 from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, EAGER, PLAIN, SEGMENTS, Vmcs
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
@@ -191,6 +191,8 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
         vmcs.launched = True
     if nested.enters_more:
         nested.start_timer(vcpu, fields[F.PREEMPTION_TIMER_VALUE])
+    if nested.tpr_shadow:
+        apic.at_entry(vcpu, nested)
     vcpu.activity = ACTIVITIES[fields[F.GUEST_ACTIVITY_STATE]]
     vcpu.attention = nested.watchful or vcpu.activity is not Activity.ACTIVE or vcpu.has_pending
     nested.pending_debug = 0

@@ -23,7 +23,7 @@ from undervisor.arch.x86.registers import Dr6
 from undervisor.hypervisor import events
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import INIT_BLOCKED
-from undervisor.hypervisor.nested.vmx import apic
+from undervisor.hypervisor.nested.vmx import apic, virtual_interrupts
 from undervisor.hypervisor.nested.vmx.exit import leave
 from undervisor.hypervisor.vcpu import IRET_MASK, Activity
 from undervisor.hypervisor.verdict import RESUME as GO_ON
@@ -76,11 +76,11 @@ def deliver(vcpu: Vcpu, nested: NestedVmx) -> int:
     stepped, vcpu.stepped = vcpu.stepped, False
     nested.iret_unblocked = nested.iret_unblocked and not stepped
     traps = nested.primary & PrimaryControls.monitor_trap_flag
+    if nested.exit_behind is not None:
+        (reason, qualification), nested.exit_behind = nested.exit_behind, None
+        return _action(vcpu, leave(vcpu, nested, reason, qualification))
     if nested.trap_pending or (stepped and traps):
         return _action(vcpu, leave(vcpu, nested, R.MONITOR_TRAP_FLAG))
-    below = apic.below_threshold(vcpu, nested)
-    if below is not None:
-        return _action(vcpu, below)
     if nested.pending_debug:
         return _deliver_pending_debug(vcpu, nested)
     deadline = nested.timer_deadline
@@ -165,14 +165,16 @@ def hold_debug_trap(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
     """A #DB behind an instruction: the monitor trap flag has priority, and keeps it pending."""
     traps = nested.primary & PrimaryControls.monitor_trap_flag
     raised = vcpu.state.dr6 & ~nested.dr6_before
-    if vcpu.step is None or not traps or raised & Dr6.bd:
+    steps = vcpu.step is not None and traps
+    if not (steps or nested.exit_behind is not None) or raised & Dr6.bd:
         return None
     conditions = raised & (_BREAKPOINTS | Dr6.bs)
     if raised & _BREAKPOINTS:
         conditions |= PendingDebugExceptions.enabled_breakpoint
     nested.pending_debug = conditions
     vcpu.state.dr6 = nested.dr6_before
-    vcpu.end_step()
+    if steps:
+        vcpu.end_step()
     return GO_ON
 
 
@@ -181,6 +183,7 @@ def hold_debug_trap(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
 
 def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
     """Blocking by NMI at entry: of virtual NMIs where they are on, else of the processor's own."""
+    nested.exit_behind, nested.virtual_pending = None, False
     blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
     if nested.pin & PinBasedControls.virtual_nmis:
         nested.virtual_nmi_blocked = blocked
@@ -287,9 +290,9 @@ def _into_l2(vcpu: Vcpu, nested: NestedVmx) -> int:
         vcpu.begin_step()
     if vcpu.activity is Activity.SHUTDOWN:
         return RESUME
-    virtual = apic.deliver_virtual_interrupt(vcpu, nested)
-    if virtual != RESUME:
-        return virtual
+    action = virtual_interrupts.deliver(vcpu, nested)
+    if action != RESUME:
+        return action
     external = nested.pin & PinBasedControls.external_interrupt_exiting
     if not external:
         action = events.deliver_interrupt(vcpu)
@@ -297,7 +300,5 @@ def _into_l2(vcpu: Vcpu, nested: NestedVmx) -> int:
             return action
     waiting = not external and vcpu.lapic.pending() is not None
     wanted = nested.primary & PrimaryControls.interrupt_window_exiting
-    vcpu.processor.request_window(
-        bool(wanted) or waiting or apic.virtual_interrupt_waits(vcpu, nested)
-    )
+    vcpu.processor.request_window(bool(wanted) or waiting or nested.virtual_pending)
     return RESUME

@@ -16,6 +16,7 @@ from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86 import paging as guest_paging
 from undervisor.arch.x86.registers import Cr4
 from undervisor.hypervisor import access, decode, mmio
+from undervisor.hypervisor.access import LinearAccess
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.vmx import apic, exit
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
 MOST_SHADOWS: Final = 8
 _SILICON_WRITE, _SILICON_FETCH = 2, 0x10
 _PML_ENTRIES: Final = 512
+TRACKS: Final = 0x40  # of the EPTP: accessed and dirty flags for EPT
 
 
 def activate(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     """Give vmcb02 the nested tables of this VMCS: a shadow, or L1's own without EPT."""
     if not nested.secondary & SecondaryControls.enable_ept:
         nested.eptp, nested.shadow = None, None
-        vcpu.vmcb02.n_cr3 = vcpu.machine.npt01.root
+        vcpu.vmcb02.n_cr3 = apic.tables_without_ept(vcpu, nested).root
         return
     eptp = vmcs.fields[F.EPT_POINTER]
     if nested.eptp != eptp or nested.shadow is None:
@@ -80,16 +82,24 @@ def release(nested: NestedVmx) -> None:
 # -- translation on behalf of L2 ----------------------------------------------------------------
 
 
-def to_hpa(vcpu: Vcpu, nested: NestedVmx, gpa: int, *, write: bool = False) -> int:
+def to_hpa(
+    vcpu: Vcpu, nested: NestedVmx, gpa: int, *, write: bool = False, tables: bool = False
+) -> int:
     """L2's guest-physical address in L1's; GuestExit where L1's EPT does not allow the access."""
     if nested.eptp is None:
         return gpa
-    kind = ept.WRITE if write else ept.READ
+    kind = ept.WRITE if write or (tables and nested.eptp & TRACKS) else ept.READ
     result = ept.walk(vcpu.memory.u64, nested.eptp, gpa, kind, nested.ept_rules)
-    if isinstance(result, Translation):
-        _update_flags(vcpu, result)
-        return result.hpa
-    raise GuestExit(_leave(vcpu, nested, result, linear=None))
+    linear, vcpu.linear = vcpu.linear, None
+    if not isinstance(result, Translation):
+        found = None if linear is None else LinearAccess(linear, tables, gpa, 0)
+        raise GuestExit(_leave(vcpu, nested, result, found))
+    full = _log_dirty(vcpu, nested, result, gpa)
+    if full is not None:
+        raise GuestExit(full)
+    vcpu.linear = linear
+    _update_flags(vcpu, result)
+    return result.hpa
 
 
 def read_gpa(vcpu: Vcpu, nested: NestedVmx, gpa: int) -> int:
@@ -115,23 +125,18 @@ def nested_page_fault(vcpu: Vcpu, nested: NestedVmx, event: Exit) -> Verdict | N
     info, gpa = event.info1, event.info2
     kind = _access(info)
     result = ept.walk(vcpu.memory.u64, nested.eptp, gpa, kind, nested.ept_rules)
-    if isinstance(result, EptViolation) and kind == ept.WRITE:
-        # The silicon walks L2's own tables as writes; with accessed and dirty flags off, the
-        # manual's processor reads them.
-        tried = _walk_as_reads(vcpu, nested, gpa)
-        if tried is not None:
-            return tried
     if not isinstance(result, Translation):
-        return _leave(vcpu, nested, result, linear=access.find(vcpu, gpa, event, nested))
+        found = access.find(vcpu, gpa, event, nested)
+        if found is not None and found.in_walk and not nested.eptp & TRACKS:
+            return _walk_as_reads(vcpu, nested, result, found)
+        return _leave(vcpu, nested, result, found)
     if apic.is_access_page(nested, result.hpa):
         return apic.access(vcpu, nested, event, result.hpa)
     full = _log_dirty(vcpu, nested, result, gpa)
     if full is not None:
         return full
     _update_flags(vcpu, result)
-    if not vcpu.memory.is_ram(result.hpa & -PAGE, PAGE) or 0xA0000 <= result.hpa < 0xC0000:
-        return mmio.emulate(vcpu)
-    if vcpu.machine.is_rom(result.hpa) and kind == ept.WRITE:
+    if not _is_plain(vcpu, result.hpa, kind):
         return mmio.emulate(vcpu)
     fill(vcpu, nested, gpa, result, written=kind == ept.WRITE)
     return RESUME
@@ -151,13 +156,15 @@ def fill(
     assert nested.shadow is not None
     assert nested.eptp is not None
     permissions, rights = translation.permissions, PRESENT | USER
-    clean = nested.eptp & 0x40 and not (translation.entry & ept.DIRTY or written)
+    clean = nested.eptp & TRACKS and not (translation.entry & ept.DIRTY or written)
     if permissions & ept.WRITE and not clean and not vcpu.machine.is_rom(translation.hpa):
         rights |= WRITABLE
     if not permissions & ept.EXECUTE:
         rights |= NO_EXECUTE
     if not permissions & ept.READ:
-        access.translate_once(vcpu, translation.hpa, executable=True)
+        found = access.find(vcpu, gpa, vcpu.exit, nested)
+        gva = vcpu.linear_rip() if found is None else found.gva
+        access.fetch_only(vcpu, gva, translation.hpa)
         return
     shift = translation.page_shift
     while shift > 12 and not _whole(vcpu, nested, translation.hpa, shift):
@@ -175,22 +182,50 @@ def _whole(vcpu: Vcpu, nested: NestedVmx, hpa: int, shift: int) -> bool:
     return not (nested.apic_access_page is not None and start <= nested.apic_access_page < end)
 
 
-def _walk_as_reads(vcpu: Vcpu, nested: NestedVmx, gpa: int) -> Verdict | None:
-    """A fault on a page of L2's own paging structures that L1 lets it read but not write.
+def _walk_as_reads(
+    vcpu: Vcpu,
+    nested: NestedVmx,
+    refused: EptViolation | EptMisconfiguration,
+    found: LinearAccess,
+) -> Verdict | None:
+    """A paging structure of L2's that may not be written, which the silicon does in each walk.
 
-    If a walk that only reads succeeds and needs no accessed or dirty flag there, the translation
-    is put straight into the silicon's TLB.  None where the fault is not of this kind.
+    Without accessed and dirty flags for EPT a processor reads it, and writes only to set a flag.
+    A walk that only reads and succeeds is put straight into the silicon's TLB.
     """
     assert nested.eptp is not None
-    if nested.eptp & 0x40:
-        return None
+    gpa = refused.gpa
     readable = ept.walk(vcpu.memory.u64, nested.eptp, gpa, ept.READ, nested.ept_rules)
     if not isinstance(readable, Translation):
-        return None
-    found = access.find(vcpu, gpa, vcpu.exit, nested)
-    if found is None or not found.in_walk:
-        return None
-    return access.complete(vcpu, found)
+        return _leave(vcpu, nested, readable, found)
+    translation = access.without_flags(vcpu, found)
+    if translation is None:
+        return _leave(vcpu, nested, refused, found)
+    kind = _kind(found.access)
+    result = ept.walk(vcpu.memory.u64, nested.eptp, translation.gpa, kind, nested.ept_rules)
+    if not isinstance(result, Translation):
+        return _leave(vcpu, nested, result, LinearAccess(found.gva, False, translation.gpa, 0))
+    if apic.is_access_page(nested, result.hpa):
+        return apic.access(vcpu, nested, vcpu.exit, translation.gpa)
+    if not _is_plain(vcpu, result.hpa, kind):
+        return mmio.emulate(vcpu)
+    executable = translation.executable and bool(result.permissions & ept.EXECUTE)
+    access.enter_tlb(vcpu, found.gva, result.hpa, found.access, executable=executable)
+    return RESUME
+
+
+def _kind(linear: int) -> int:
+    """The access bits of a linear address's walk as EPT access bits."""
+    if linear & guest_paging.FETCH:
+        return ept.EXECUTE
+    return ept.WRITE if linear & guest_paging.WRITE else ept.READ
+
+
+def _is_plain(vcpu: Vcpu, hpa: int, kind: int) -> bool:
+    """Whether the silicon may access L1's memory at `hpa` by itself."""
+    if not vcpu.memory.is_ram(hpa & -PAGE, PAGE) or 0xA0000 <= hpa < 0xC0000:
+        return False
+    return kind != ept.WRITE or not vcpu.machine.is_rom(hpa)
 
 
 # -- what L1 gets to know -----------------------------------------------------------------------
@@ -200,14 +235,10 @@ def _leave(
     vcpu: Vcpu,
     nested: NestedVmx,
     result: EptViolation | EptMisconfiguration,
-    linear: access.LinearAccess | None,
+    linear: LinearAccess | None,
 ) -> Verdict:
     """An EPT violation or misconfiguration, with the linear address where it is known."""
     gpa = result.gpa
-    if linear is not None and not linear.in_walk:
-        gpa = gpa & -PAGE | linear.gva % PAGE
-    elif linear is not None:
-        gpa = linear.entry
     if isinstance(result, EptMisconfiguration):
         return exit.leave(
             vcpu, nested, ExitReason.EPT_MISCONFIGURATION, length=_length(vcpu), physical=gpa
@@ -217,8 +248,8 @@ def _leave(
         qualification |= EptViolationQualification.linear_address_valid
         if not linear.in_walk:
             qualification |= EptViolationQualification.translation
-        elif not (nested.eptp or 0) & 0x40:
-            qualification = qualification & ~ept.WRITE | ept.READ
+        elif qualification & ept.WRITE:  # walks that write read first
+            qualification |= ept.READ
     return exit.leave(
         vcpu,
         nested,
