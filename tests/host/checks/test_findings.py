@@ -136,6 +136,33 @@ def test_a_domain_with_the_extension_is_left_alone(altered, cpu):
     assert not {i for i in found if i.startswith("domain-")} - {"domain-without-limits"}
 
 
+CAPABILITIES = """<domainCapabilities><domain>{domain}</domain><cpu>
+<mode name='host-passthrough' supported='yes'/><mode name='host-model' supported='yes'>
+<model fallback='forbid'>EPYC-Rome</model><feature policy='{policy}' name='svm'/></mode></cpu>
+</domainCapabilities>"""
+
+
+@pytest.mark.parametrize(
+    ("domain", "policy", "expected"),
+    [
+        ("kvm", "require", set()),
+        ("kvm", "disable", {"domain-named-model"}),
+        ("qemu", "require", {"libvirt-without-kvm"}),
+    ],
+)
+def test_libvirt_tells_what_host_model_is_here(altered, domain, policy, expected):
+    xml = "<domain type='kvm'><name>guest</name><cpu mode='host-model'/></domain>"
+
+    def change(said, files):
+        domains(guest=xml)(said, files)
+        text = CAPABILITIES.format(domain=domain, policy=policy)
+        said["commands"].append({"argv": [*VIRSH, "domcapabilities"], "stdout": text})
+
+    found = ids(altered("amd-stable-7.1.2", change))
+    wanted = {"domain-named-model", "domain-host-model", "libvirt-without-kvm"}
+    assert found & wanted == expected
+
+
 @pytest.mark.parametrize(
     "xml",
     ["", "<domain", "<network/>", "<!DOCTYPE d [<!ENTITY a 'x'>]><domain>&a;</domain>", "\0"],

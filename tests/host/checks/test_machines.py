@@ -62,6 +62,7 @@ KINDS_WITHOUT_A_MACHINE = {
     "domain-host-model",
     "domain-disables-extension",
     "domain-emulated",
+    "libvirt-without-kvm",
 }
 """Found by tests of their own, next to their check."""
 

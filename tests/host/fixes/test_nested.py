@@ -134,6 +134,29 @@ def test_a_built_in_module_needs_the_command_line_and_a_restart(tmp_path):
     assert plan.restart
 
 
+@pytest.mark.parametrize(
+    ("files", "command", "words"),
+    [
+        ({"usr/sbin/grubby": "", "etc/default/grub": ""}, "grubby", ""),
+        ({"etc/default/grub": "", "usr/sbin/update-grub": ""}, "update-grub",
+         'GRUB_CMDLINE_LINUX="kvm_intel.nested=1"'),
+        ({"etc/kernel/cmdline": "rw kvm-intel.nested=0 quiet\n", "usr/bin/kernel-install": ""},
+         "kernel-install", "rw quiet kvm_intel.nested=1"),
+    ],
+)  # fmt: skip
+def test_each_boot_loader_has_its_way(tmp_path, files, command, words):
+    folder = tmp_path / "machine"
+    shutil.copytree(HOSTS / "intel-built-in-nested-off", folder)
+    for name, text in files.items():
+        (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "files" / name).write_text(text)
+    host = RecordedHost(str(folder))
+    plan = plan_nested(host, gather(host), True)
+    assert plan.commands[0].argv[0] == command
+    assert words in "".join(change.after for change in plan.changes)
+    assert plan.restart
+
+
 def test_contrary_words_go_and_ours_is_the_last(root):
     system = System(str(root))
     before = tree(root)

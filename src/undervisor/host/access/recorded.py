@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from undervisor.errors import BadInput
+from undervisor.host.access import recorded_values as values
 from undervisor.host.access.live import KINDS, explain_msr
 from undervisor.host.access.protocol import (
     RUN_SECONDS,
@@ -72,7 +73,7 @@ class RecordedHost(Host):
             self._said = _load(self._folder, folder)
             self.name = self._said.get("name", os.path.basename(os.path.abspath(folder)))
             self._commands = {
-                tuple(_strings(command["argv"])): _output(command)
+                tuple(values.strings(command["argv"])): values.output(command)
                 for command in self._said.get("commands", [])
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -102,7 +103,7 @@ class RecordedHost(Host):
         if missing:
             return missing
         if path in self._said.get("folders", {}):
-            return Known(tuple(sorted(_strings(self._said["folders"][path]))), path)
+            return Known(tuple(sorted(values.strings(self._said["folders"][path]))), path)
         prefix = path.rstrip("/") + "/"
         known = [*self._said.get("stat", {}), *self._said.get("folders", {})]
         implied = {p[len(prefix) :].split("/")[0] for p in known if p.startswith(prefix)}
@@ -124,7 +125,7 @@ class RecordedHost(Host):
             return missing
         said = self._said.get("stat", {}).get(path)
         if said is not None:
-            return _stat(said, path)
+            return values.stat(said, path)
         if path in self._said.get("folders", {}):
             return Known(Stat("folder", 0o755, "root", "root"), path)
         try:
@@ -153,7 +154,9 @@ class RecordedHost(Host):
         source = " ".join(argv)
         if tuple(argv) in self._commands:
             said = self._commands[tuple(argv)]
-            return Known(said, source) if isinstance(said, Output) else _errno_of(said, source)
+            return (
+                Known(said, source) if isinstance(said, Output) else values.errno_of(said, source)
+            )
         if "commands" in self._said.get("complete", []):
             return Absent(source)
         return Unknown(source, "not recorded")
@@ -165,7 +168,7 @@ class RecordedHost(Host):
         if not isinstance(said, list) or len(said) != 4:
             return Unknown(source, "not recorded")
         try:
-            return Known(Cpuid(*(_number(value, 32) for value in said)), source)
+            return Known(Cpuid(*(values.number(value, 32) for value in said)), source)
         except ValueError as error:
             return Unknown(source, f"recorded wrongly: {error}")
 
@@ -176,9 +179,9 @@ class RecordedHost(Host):
         if said is None:
             return Unknown(source, "not recorded", "record again as root with the msr module")
         if isinstance(said, str) and said.startswith("E"):
-            return explain_msr(_errno_of(said, source), source)
+            return explain_msr(values.errno_of(said, source), source)
         try:
-            return Known(_number(said, 64), source)
+            return Known(values.number(said, 64), source)
         except ValueError as error:
             return Unknown(source, f"recorded wrongly: {error}")
 
@@ -188,7 +191,7 @@ class RecordedHost(Host):
         uid = said.get("uid")
         if type(uid) is not int:
             return Unknown("id", "not recorded")
-        return Known(User(uid, tuple(_strings(said.get("groups", [])))), "id")
+        return Known(User(uid, tuple(values.strings(said.get("groups", [])))), "id")
 
     def timing(self) -> Fact[Timing]:
         """The recorded measurement."""
@@ -235,7 +238,7 @@ class RecordedHost(Host):
 
     def _error(self, path: str) -> Missing | None:
         said = self._said.get("errors", {}).get(path)
-        return None if said is None else _errno_of(said, path)
+        return None if said is None else values.errno_of(said, path)
 
     def _not_here(self, path: str, error: OSError) -> Missing:
         """What a path means that `files` does not hold."""
@@ -245,7 +248,7 @@ class RecordedHost(Host):
                     path, "the recording holds a link here, which is refused", "", "ELOOP"
                 )
             return from_errno(error.errno or 0, path)
-        prefixes = tuple(_strings(self._said.get("complete", [])))
+        prefixes = tuple(values.strings(self._said.get("complete", [])))
         inside = any(path == p or path.startswith(p.rstrip("/") + "/") for p in prefixes)
         folder, name = posixpath.split(path)
         names = self._said.get("folders", {}).get(folder)
@@ -308,56 +311,3 @@ def _read_regular(number: int, source: str, limit: int) -> Fact[bytes]:
         if len(whole) > limit:
             return Unknown(source, f"longer than {limit} bytes", code="EFBIG")
     return Known(bytes(whole), source)
-
-
-def _strings(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"a list of strings was expected, not {str(value)[:80]}")
-    return value
-
-
-def _text(value: object) -> str:
-    """Text, written as one string or as a list of lines."""
-    return value if isinstance(value, str) else "".join(f"{line}\n" for line in _strings(value))
-
-
-def _output(command: dict[str, Any]) -> Output | str:
-    if "error" in command:
-        return str(command["error"])
-    status = command.get("status", 0)
-    if type(status) is not int:
-        raise ValueError("a command's status must be an integer")
-    return Output(status, _text(command.get("stdout", "")), _text(command.get("stderr", "")))
-
-
-def _number(value: object, width: int) -> int:
-    number = int(value, 0) if isinstance(value, str) else value
-    if type(number) is not int or not 0 <= number < 1 << width:
-        raise ValueError(f"{str(value)[:40]} is not a number of {width} bits")
-    return number
-
-
-def _stat(said: object, path: str) -> Fact[Stat]:
-    try:
-        if not isinstance(said, dict):
-            raise ValueError("not an object")
-        device = said.get("device")
-        return Known(
-            Stat(
-                str(said.get("kind", "file")),
-                int(str(said.get("mode", "0644")), 8),
-                str(said.get("owner", "root")),
-                str(said.get("group", "root")),
-                (int(device[0]), int(device[1])) if isinstance(device, list) else None,
-            ),
-            path,
-        )
-    except (ValueError, IndexError, TypeError) as error:
-        return Unknown(path, f"recorded wrongly: {error}")
-
-
-def _errno_of(said: object, source: str) -> Missing:
-    """An errno by name; other words stand for themselves (a command that timed out)."""
-    if isinstance(said, str) and (number := getattr(errno, said, None)):
-        return from_errno(number, source)
-    return Unknown(source, str(said)[:200])

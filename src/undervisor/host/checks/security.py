@@ -134,7 +134,8 @@ def _use(machine: Machine) -> Iterator[Finding]:
     nested = value_or(machine.kvm.nested, False)
     if not nested or not isinstance(domains, Known) or not isinstance(guests, Known):
         return
-    users = [d for d in domains.value if d.type == "kvm" and d.gives(flag) is not False]
+    gives = machine.software.gives
+    users = [d for d in domains.value if d.type == "kvm" and gives(d, flag) is not False]
     running = [g for g in guests.value if g.cpu.startswith(("host", "max")) or flag in g.cpu]
     if not users and not running:
         yield NESTED_UNUSED.found(f"{len(domains.value)} domains, none is given {flag}")

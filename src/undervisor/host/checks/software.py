@@ -57,6 +57,13 @@ DOMAIN_DISABLES = Kind(
     "The feature is disabled or forbidden by name, which is right for a guest that is no L1.",
     "For a guest that is to be an L1: remove <feature policy='disable' name='{flag}'/>.",
 )  # fmt: skip
+LIBVIRT_WITHOUT_KVM = Kind(
+    "libvirt-without-kvm", _L, Level.WARN, "libvirt believes that this machine has no KVM",
+    "libvirt offers only emulated domains. It asks QEMU once and keeps the answer: after KVM was "
+    "repaired, or /dev/kvm was opened to it, the old answer stays until it is asked anew.",
+    "sudo systemctl restart libvirtd (or virtqemud); if that is not enough, remove "
+    "/var/cache/libvirt/qemu/capabilities first. Is QEMU's user in the group of /dev/kvm?",
+)  # fmt: skip
 EMULATED = Kind(
     "domain-emulated", _L, Level.WARN, "Domains that run emulated",
     "type='qemu' means TCG: no KVM, whatever the host can.",
@@ -84,6 +91,9 @@ def check(machine: Machine) -> Iterator[Finding]:
     software = machine.software
     if isinstance(software.libvirt, Known):
         yield LIBVIRT.found(f"libvirt {software.libvirt.value}")
+        known = software.capabilities
+        if isinstance(known, Known) and known.value.domain != "kvm":
+            yield LIBVIRT_WITHOUT_KVM.found(f"domcapabilities: <domain>{known.value.domain}")
         if isinstance(software.domains, Known):
             yield from _domains(machine, software.domains.value)
         elif not isinstance(software.domains, Absent):
@@ -123,9 +133,16 @@ def _domains(machine: Machine, domains: tuple[Domain, ...]) -> Iterator[Finding]
     if not flag or flag == "sie":
         return
     groups = (
-        (HOST_MODEL, [d for d in real if d.gives(flag) is None]),
+        (HOST_MODEL, [d for d in real if machine.software.gives(d, flag) is None]),
         (DOMAIN_DISABLES, [d for d in real if d.features.get(flag) in ("disable", "forbid")]),
-        (NAMED_MODEL, [d for d in real if d.gives(flag) is False and flag not in d.features]),
+        (
+            NAMED_MODEL,
+            [
+                d
+                for d in real
+                if machine.software.gives(d, flag) is False and flag not in d.features
+            ],
+        ),
     )
     for kind, found in groups:
         if found:

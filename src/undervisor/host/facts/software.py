@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lxml import etree
@@ -35,8 +36,11 @@ class Domain:
     networks: tuple[str, ...]
     bridges: tuple[str, ...]
 
-    def gives(self, flag: str) -> bool | None:
-        """Whether its guest gets `flag`; None where the model decides and we can't tell."""
+    def gives(self, flag: str, host_model: Mapping[str, str] | None = None) -> bool | None:
+        """Whether its guest gets `flag`; None where the model decides and we can't tell.
+
+        `host_model` are the feature policies that libvirt's host-model has on this machine.
+        """
         policy = self.features.get(flag)
         if policy in ("require", "force"):
             return True
@@ -45,8 +49,17 @@ class Domain:
         if self.mode in ("host-passthrough", "maximum"):
             return True
         if self.mode == "host-model":
-            return None
+            known = {"require": True, "disable": False}
+            return known.get((host_model or {}).get(flag, ""))
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What libvirt says it can give: the domain type (kvm or qemu) and host-model's features."""
+
+    domain: str
+    host_model: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,12 @@ class Software:
     networks: dict[str, bool] = field(default_factory=dict)
     guests: Fact[tuple[Guest, ...]] = field(default_factory=lambda: Absent("qemu"))
     failed_entries: tuple[str, ...] = ()
+    capabilities: Fact[Capabilities] = field(default_factory=lambda: Absent("virsh"))
+
+    def gives(self, domain: Domain, flag: str) -> bool | None:
+        """Whether a domain's guest gets `flag`, with what libvirt says about host-model."""
+        known = self.capabilities
+        return domain.gives(flag, known.value.host_model if isinstance(known, Known) else None)
 
 
 def parse_xml(text: str) -> etree._Element:
@@ -106,6 +125,16 @@ def parse_domain(text: str) -> Domain:
         networks=tuple(n for s in sources if (n := s.get("network"))),
         bridges=tuple(b for s in sources if (b := s.get("bridge") or s.get("dev"))),
     )
+
+
+def parse_capabilities(text: str) -> Capabilities:
+    """The document of `virsh domcapabilities`."""
+    root = parse_xml(text)
+    if root.tag != "domainCapabilities":
+        raise ValueError(f"<{str(root.tag)[:40]}> are no domain capabilities")
+    features = root.findall("cpu/mode[@name='host-model']/feature")
+    policies = {f.get("name", ""): f.get("policy", "") for f in features}
+    return Capabilities((root.findtext("domain") or "").strip(), policies)
 
 
 def _isolated(text: str) -> bool:
@@ -199,6 +228,12 @@ def _domains(host: Host) -> Fact[tuple[Domain, ...]]:
     return Known(tuple(found), names.source)
 
 
+def _capabilities(host: Host, libvirt: Fact[Version]) -> Fact[Capabilities]:
+    if not isinstance(libvirt, Known):
+        return Absent("virsh")
+    return then(_virsh(host, "domcapabilities"), parse_capabilities)
+
+
 def _networks(host: Host, domains: Fact[tuple[Domain, ...]]) -> dict[str, bool]:
     """Networks that domains use, and whether each is isolated."""
     names = dict.fromkeys(name for domain in value_or(domains, ()) for name in domain.networks)
@@ -231,4 +266,5 @@ def software(host: Host, architecture: str) -> Software:
         networks=_networks(host, domains),
         guests=_guests(host),
         failed_entries=_failed_entries(host),
+        capabilities=_capabilities(host, libvirt),
     )

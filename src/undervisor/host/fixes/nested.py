@@ -32,6 +32,11 @@ _GRUB_TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 _GRUB_FILE = "/etc/default/grub"
+_KERNEL_INSTALL_FILE = "/etc/kernel/cmdline"
+_KERNEL_INSTALL_TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("/usr/bin/reinstall-kernels", ("reinstall-kernels",)),
+    ("/usr/bin/kernel-install", ("kernel-install", "add-all")),
+)
 _SUPPORTED = ("kvm_intel", "kvm_amd", "kvm")
 
 
@@ -170,21 +175,34 @@ def _plan_built_in(host: Host, machine: Machine, on: bool, title: str) -> Plan:
     restart = "KVM is built into this kernel, which reads the parameter only when it starts"
     if value_or(machine.kvm.nested, None) == on and _says(machine, on):
         return Plan(title)
-    grub = host.read_text(_GRUB_FILE)
-    if isinstance(grub, Known):
-        after = _grub_with(grub.value, machine.kvm.expected, word)
-        if after == grub.value:
-            return Plan(title, restart=restart if value_or(machine.kvm.nested, None) != on else "")
-        change = FileChange(_GRUB_FILE, grub.value, after, "the kernel command line")
-        tool = next((argv for path, argv in _GRUB_TOOLS if value_or(host.exists(path), False)), ())
-        commands = (Command(tool, "write GRUB's own configuration"),) if tool else ()
-        notes = () if tool else ("no GRUB tool was found: regenerate its configuration by hand",)
-        return Plan(title, (change,), commands, restart=restart, notes=notes)
     if value_or(host.exists("/usr/sbin/grubby"), False):
+        # Where grubby is, boot entries are files of their own that GRUB's file does not reach.
         argv = ("grubby", "--update-kernel=ALL", f"--args={word}")
         return Plan(title, (), (Command(argv, "the kernel command line"),), restart=restart)
-    return Plan(title, refusal=f"add {word} to the kernel command line in this machine's boot "
-                "loader: neither /etc/default/grub nor grubby is here")  # fmt: skip
+    for path in (_GRUB_FILE, _KERNEL_INSTALL_FILE):
+        text = host.read_text(path)
+        if isinstance(text, Known):
+            return _plan_boot_file(host, machine, on, path, text.value)
+    where = "neither grubby nor /etc/default/grub nor /etc/kernel/cmdline is here"
+    refusal = f"add {word} to the kernel command line in this machine's boot loader: {where}"
+    return Plan(title, refusal=refusal)
+
+
+def _plan_boot_file(host: Host, machine: Machine, on: bool, path: str, text: str) -> Plan:
+    """Change the file that holds the command line, and run the tool that spreads it."""
+    title = f"switch nested virtualization {'on' if on else 'off'}"
+    word = f"{machine.kvm.expected}.nested={int(on)}"
+    restart = "KVM is built into this kernel, which reads the parameter only when it starts"
+    change = _grub_with if path == _GRUB_FILE else _line_with
+    after = change(text, machine.kvm.expected, word)
+    if after == text:
+        return Plan(title, restart="" if value_or(machine.kvm.nested, None) == on else restart)
+    tools = _GRUB_TOOLS if path == _GRUB_FILE else _KERNEL_INSTALL_TOOLS
+    tool = next((argv for place, argv in tools if value_or(host.exists(place), False)), ())
+    commands = (Command(tool, "write the boot loader's own configuration"),) if tool else ()
+    notes = () if tool else ("no tool was found: write the boot loader's configuration by hand",)
+    changes = (FileChange(path, text, after, "the kernel command line"),)
+    return Plan(title, changes, commands, restart=restart, notes=notes)
 
 
 def _says(machine: Machine, on: bool) -> bool:
@@ -193,9 +211,19 @@ def _says(machine: Machine, on: bool) -> bool:
     return told is None or told in (("1", "Y", "y") if on else ("0", "N", "n"))
 
 
+def _line_with(text: str, module: str, word: str) -> str:
+    """A command line by itself, with `word` and without an older one for the same parameter."""
+    return f"{_older(module).sub('', text).strip()} {word}\n"
+
+
+def _older(module: str) -> re.Pattern[str]:
+    """Words that set the parameter; dashes and underscores are the same to the kernel."""
+    return re.compile(rf"\s*\b{re.escape(module).replace('_', '[-_]')}\.nested=\w*")
+
+
 def _grub_with(text: str, module: str, word: str) -> str:
     """GRUB_CMDLINE_LINUX with `word`, and without an older word for the same parameter."""
-    old = re.compile(rf"\s*\b{re.escape(module).replace('_', '[-_]')}\.nested=\w*")
+    old = _older(module)
     line = re.compile(r"^(GRUB_CMDLINE_LINUX=)([\"']?)(.*?)\2\s*$", re.M)
     cleared = re.sub(r"^GRUB_CMDLINE_LINUX(?:_DEFAULT)?=.*$", lambda m: old.sub("", m[0]), text,
                      flags=re.M)  # fmt: skip
