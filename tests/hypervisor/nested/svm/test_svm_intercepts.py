@@ -1,13 +1,16 @@
 """Each intercept: the exit that L1 sees, where L2 stopped, and what L2 does without it."""
 
 import pytest
-from svm_world import DATA, IDT, L2_CODE, STUBS, World, gate
+from svm_world import CODE32, CS32, DATA, IDT, L2_CODE, STUBS, World, gate
 
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.intercepts import Intercept
+from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
+from undervisor.arch.x86.segments import Segment
+from undervisor.hypervisor.nested.svm.reflect import UNSUPPORTED
 
 MOV = 1 << 63
 
@@ -29,6 +32,22 @@ INSTRUCTIONS = {
     "mov rax, cr8": ("xor %eax, %eax", "mov %rax, %cr8", Intercept.CR8_WRITE, MOV, 0, 4),
     "mov dr0, rcx": ("", "mov %dr0, %rcx", Intercept.DR0_READ, 1, 0, 3),
     "mov rcx, dr3": ("xor %ecx, %ecx", "mov %rcx, %dr3", Intercept.DR3_WRITE, 1, 0, 3),
+    **{
+        f"mov dr{n}, rdx": ("", f"mov %dr{n}, %rdx", Intercept(Intercept.DR0_READ + n), 2, 0, 3)
+        for n in (1, 2, 3, 4, 5, 7)
+    },
+    **{
+        f"mov rdx, dr{n}": (
+            f"mov %dr{n}, %rdx",
+            f"mov %rdx, %dr{n}",
+            Intercept(Intercept.DR0_WRITE + n),
+            2,
+            0,
+            3,
+        )
+        for n in (0, 1, 2, 4, 5, 6)
+    },
+    "rdpmc": ("xor %ecx, %ecx", "rdpmc", Intercept.RDPMC, 0, None, 2),
     "mov dr6, rax": ("", "mov %dr6, %rax", Intercept.DR6_READ, 0, 0, 3),
     "mov rdi, dr7": ("mov $0x400, %edi", "mov %rdi, %dr7", Intercept.DR7_WRITE, 7, 0, 3),
     "sidt": ("", f"sidt {DATA:#x}", Intercept.IDTR_READ, 0, None, 8),
@@ -105,7 +124,7 @@ INSTRUCTIONS = {
 # Without the intercept these fault in L2: at CPL 0 with SVM on.
 UNDEFINED = {"rsm", "vmmcall", "skinit"}
 # What ends or stops L2 by itself, or has no meaning without preparation.
-NOT_ALONE = {"vmrun", "vmmcall", "hlt", "stgi", "clgi", "vmload", "vmsave"}
+NOT_ALONE = {"rdpmc", "vmrun", "vmmcall", "hlt", "stgi", "clgi", "vmload", "vmsave"}
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -149,6 +168,20 @@ EXCEPTIONS = {
     "#GP(selector)": ("mov $0x1238, %eax", "mov %eax, %ds", Vector.GP, 0x1238, 0),
     "#GP of an MSR": ("mov $0x4b564d77, %ecx", "rdmsr", Vector.GP, 0, 0),
     "#GP of CR4": ("mov $1 << 40, %rax", "mov %rax, %cr4", Vector.GP, 0, 0),
+    "#MF": (
+        "fninit; push $0x340; fldcw (%rsp); fldz; fld1; fdivp",
+        "fwait",
+        Vector.MF,
+        0,
+        0,
+    ),
+    "#SS": (
+        "mov $0x00cf13000000ffff, %rax; mov %rax, GDT + 0x38; mov $0x38, %eax",
+        "mov %eax, %ss",
+        Vector.SS,
+        0x38,
+        0,
+    ),
     "#PF": ("mov $0x123456789000, %rbx", "movl $1, 0x10(%rbx)", Vector.PF, 2, 0x123456789010),
 }
 
@@ -183,7 +216,7 @@ def test_an_exception_that_nobody_wants_is_l2s(name):
         assert world.vmcb.cr2 == address
     frame = world.memory.u64(world.vmcb.rsp)
     length = 1 if vector is Vector.BP else 0
-    if name not in ("#DE", "#BP", "#UD", "#NM"):
+    if name not in ("#DE", "#BP", "#UD", "#NM", "#MF"):
         assert frame == error
         frame = world.memory.u64(world.vmcb.rsp + 8)
     assert frame == world.l2.labels["at"] + length
@@ -400,3 +433,54 @@ def test_clearing_efer_svme_in_l2_makes_vmmcall_undefined():
     world.run()
     assert world.vmcb.exitcode == ExitCode.EXCP_UD
     assert world.vmcb.rip == world.l2.labels["at"] != L2_CODE
+
+
+IN_COMPATIBILITY_MODE = {
+    "#OF": ("mov $0x7fffffff, %eax; inc %eax; at: into", Intercept.EXCP_OF, 1),
+    "#BR": ("movl $5, 0x400000; movl $9, 0x400004; at: bound %eax, 0x400000", Intercept.EXCP_BR, 0),
+}
+
+
+@pytest.mark.parametrize("name", IN_COMPATIBILITY_MODE)
+def test_exceptions_of_legacy_instructions_exit_as_well(name):
+    source, intercept, length = IN_COMPATIBILITY_MODE[name]
+    world = World(f".code32; mov $1, %eax; {source}", wants=[intercept])
+    world.vmcb.set_segment(VmcbField.CS_SELECTOR, Segment(CS32, 0, 0xFFFFFFFF, CODE32))
+    world.run()
+    at = world.l2.labels["at"]
+    assert world.vmcb.exitcode == intercept
+    assert world.vmcb.rip == at
+    assert world.vmcb.nrip == (at + length if length else 0)
+
+
+def test_a_task_state_segment_that_is_too_small_is_an_exception_that_exits():
+    ring3 = "push $0x33; push $0x2e0000; push $2; push $0x2b; push $at; iretq; at: int $0x80"
+    world = World(ring3, wants=[Intercept.EXCP_TS])
+    world.vmcb.tr_limit = 3
+    world.run()
+    assert world.vmcb.exitcode == ExitCode.EXCP_TS
+    assert world.vmcb.rip == world.l2.labels["at"]
+    assert world.vmcb.exitintinfo & 0x800007FF == 0x80000480
+
+
+def test_rdpmc_that_nobody_wants_is_refused():
+    world = World("xor %ecx, %ecx; at: rdpmc", wants=[Intercept.EXCP_GP])
+    world.run()
+    assert world.vmcb.exitcode == ExitCode.EXCP_GP
+    assert world.vmcb.rip == world.l2.labels["at"]
+
+
+# Intercepts with tests of their own, here and in the tests of events.
+ELSEWHERE = {
+    *(Intercept.INTR, Intercept.NMI, Intercept.SMI, Intercept.INIT, Intercept.VINTR),
+    *(Intercept.CR0_SEL_WRITE, Intercept.IOIO_PROT, Intercept.MSR_PROT, Intercept.SHUTDOWN),
+    *(Intercept.EXCP_DB, Intercept.EXCP_DF, Intercept.EXCP_NP, Intercept.EXCP_SX),
+    *(Intercept.EXCP_OF, Intercept.EXCP_BR, Intercept.EXCP_TS),
+}
+
+
+def test_every_intercept_is_tested_or_has_a_reason_why_it_has_no_effect():
+    tested = {row[2] for row in INSTRUCTIONS.values()} | ELSEWHERE
+    tested |= {Intercept(Intercept.EXCP_DE + row[2]) for row in EXCEPTIONS.values()}
+    assert tested | UNSUPPORTED.keys() == set(Intercept)
+    assert not tested & UNSUPPORTED.keys()

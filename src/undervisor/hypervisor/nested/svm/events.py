@@ -41,13 +41,14 @@ def take_init(vcpu: Vcpu, svm: SvmState) -> int | None:
     if not vcpu.gif:
         return INIT_BLOCKED
     if vcpu.in_l2 and svm.wanted >> Intercept.INIT & 1:
-        return leave(vcpu, svm, ExitCode.INIT).deliver
+        return _exit(vcpu, svm, ExitCode.INIT)
     if not vcpu.msrs[Msr.VM_CR] & VmCr.r_init:
         return None
     vcpu.init_pending = False
     vcpu.activity = Activity.ACTIVE
     reflected = reflect.fault(vcpu, svm, 0, _SX) if vcpu.in_l2 else None
     if reflected is not None:
+        vcpu.machine.note(vcpu, reflected)
         return reflected.deliver
     svm.owes_error_code = vcpu.attention = True
     return vcpu.inject(_SX)
@@ -83,6 +84,13 @@ def _push_error_code(svm: SvmState, vcpu: Vcpu) -> None:
     state.q[4] -= width
 
 
+def _exit(vcpu: Vcpu, svm: SvmState, code: int, info1: int = 0) -> int:
+    """An exit that no instruction of L2 caused; the silicon's action."""
+    verdict = leave(vcpu, svm, code, info1)
+    vcpu.machine.note(vcpu, verdict)
+    return verdict.deliver
+
+
 def deliver(vcpu: Vcpu, svm: SvmState) -> int:
     """What waits while L2 runs: an exit to L1 or an injection; the silicon's action."""
     if svm.owes_error_code:
@@ -97,17 +105,17 @@ def deliver(vcpu: Vcpu, svm: SvmState) -> int:
         if vcpu.smi_pending:
             vcpu.smi_pending = False
             if svm.wanted >> Intercept.SMI & 1:
-                return leave(vcpu, svm, ExitCode.SMI, SmiInfo.smisrc).deliver
+                return _exit(vcpu, svm, ExitCode.SMI, SmiInfo.smisrc)
         if vcpu.nmi_pending and not vcpu.nmi_blocked:
             if svm.wanted >> Intercept.NMI & 1:
-                return leave(vcpu, svm, ExitCode.NMI).deliver
+                return _exit(vcpu, svm, ExitCode.NMI)
             if not vcpu.state.interrupt_shadow:
                 return events.inject_nmi(vcpu)
             vcpu.machine.step_blocks = 1
         if vcpu.lapic.pending() is not None:
             if _host_takes_interrupts(vcpu, svm):
                 if svm.wanted >> Intercept.INTR & 1:
-                    return leave(vcpu, svm, ExitCode.INTR).deliver
+                    return _exit(vcpu, svm, ExitCode.INTR)
                 if not vcpu.state.interrupt_shadow:
                     return _interrupt(vcpu, vcpu.lapic.acknowledge())
                 vcpu.machine.step_blocks = 1
@@ -137,7 +145,7 @@ def _has_priority(svm: SvmState) -> bool:
 def _virtual_interrupt(vcpu: Vcpu, svm: SvmState) -> int:
     """V_IRQ can be taken: the VINTR exit comes before, and leaves it pending."""
     if svm.wanted >> Intercept.VINTR & 1:
-        return leave(vcpu, svm, ExitCode.VINTR).deliver
+        return _exit(vcpu, svm, ExitCode.VINTR)
     svm.virtual &= ~_V_IRQ
     return _interrupt(vcpu, svm.vector)
 

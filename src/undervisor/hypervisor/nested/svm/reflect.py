@@ -312,6 +312,47 @@ def _window(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     return None
 
 
+# Intercepts that have no effect here, and why.
+UNSUPPORTED: Final[dict[Intercept, str]] = {
+    Intercept.TASK_SWITCH: "the silicon switches tasks without an exit",
+    Intercept.FERR_FREEZE: "there is no FERR# and no IGNNE# pin, so that nothing ever freezes",
+    Intercept.RDPRU: "no model has RDPRU: #UD",
+    Intercept.MCOMMIT: "no model has MCOMMIT: #UD",
+    Intercept.BUSLOCK: "no model announces the bus lock threshold",
+    Intercept.IDLE_HLT: "no model announces the idle HLT intercept",
+    **dict.fromkeys(
+        (Intercept.INVLPGB, Intercept.INVLPGB_ILLEGAL, Intercept.TLBSYNC),
+        "no model has INVLPGB and TLBSYNC: #UD",
+    ),
+    **{
+        intercept: "write traps are for guests with encrypted state, which no model has"
+        for intercept in Intercept
+        if Intercept.EFER_WRITE_TRAP <= intercept <= Intercept.CR15_WRITE_TRAP
+    },
+    **dict.fromkeys(
+        (
+            Intercept.EXCP_9,
+            Intercept.EXCP_15,
+            Intercept.EXCP_MC,
+            Intercept.EXCP_31,
+            *(i for i in Intercept if Intercept.EXCP_20 <= i <= Intercept.EXCP_VC),
+        ),
+        "nothing on this processor raises the exception",
+    ),
+    Intercept.EXCP_NMI: "vector 2 is the NMI, no exception, and has an intercept of its own",
+    Intercept.EXCP_AC: "the silicon does not check the alignment of data",
+    Intercept.EXCP_XF: "the silicon's SSE raises no floating-point exception",
+    **dict.fromkeys(
+        (i for i in Intercept if i < Intercept.DR0_READ and i & 0xF in (1, 5, 6, 7, *range(9, 16))),
+        "the control register does not exist: #UD",
+    ),
+    **dict.fromkeys(
+        (i for i in Intercept if Intercept.DR8_READ <= i < Intercept.EXCP_DE and i & 8),
+        "the debug register does not exist: #UD",
+    ),
+}
+
+
 _GPR_NUMBERS: Final = {
     register: number
     for number, names in enumerate(
