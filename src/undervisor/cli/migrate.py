@@ -84,9 +84,15 @@ def _print(console: Console, move: Move) -> None:
             highlight=False,
         )
         for piece in finding.evidence:
-            console.print(Padding(escape(piece), (0, 0, 0, 10)), style="dim", highlight=False)
+            console.print(
+                Padding(escape(piece), (0, 0, 0, 10), expand=False), style="dim", highlight=False
+            )
         if finding.remedy:
-            console.print(Padding("→ " + escape(finding.remedy), (0, 0, 0, 10)), highlight=False)
+            console.print(
+                Padding("→ " + escape(finding.remedy), (0, 0, 0, 10), expand=False), highlight=False
+            )
         if finding.kind.sources:
             text = "source: " + "; ".join(finding.kind.sources)
-            console.print(Padding(escape(text), (0, 0, 0, 10)), style="dim", highlight=False)
+            console.print(
+                Padding(escape(text), (0, 0, 0, 10), expand=False), style="dim", highlight=False
+            )

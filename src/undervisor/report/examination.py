@@ -43,7 +43,7 @@ def print_examination(console: Console, examination: Examination) -> None:
     console.print(f"\n[{colour}]{escape(examination.machine)}: {examination.verdict.value}[/]")
     if examination.cause:
         console.print(f"Start with [bold]{examination.cause.kind.id}[/bold]:", highlight=False)
-        remedy = Padding(escape(examination.cause.remedy), (0, 0, 0, 2))
+        remedy = Padding(escape(examination.cause.remedy), (0, 0, 0, 2), expand=False)
         console.print(remedy, highlight=False, soft_wrap=False)
 
 
@@ -54,6 +54,10 @@ def _print_finding(console: Console, finding: Finding) -> None:
         highlight=False,
     )
     for piece in finding.evidence:
-        console.print(Padding(escape(piece), (0, 0, 0, 10)), style="dim", highlight=False)
+        console.print(
+            Padding(escape(piece), (0, 0, 0, 10), expand=False), style="dim", highlight=False
+        )
     if finding.remedy and finding.kind.level not in (Level.OK, Level.NOTE):
-        console.print(Padding("→ " + escape(finding.remedy), (0, 0, 0, 10)), highlight=False)
+        console.print(
+            Padding("→ " + escape(finding.remedy), (0, 0, 0, 10), expand=False), highlight=False
+        )
