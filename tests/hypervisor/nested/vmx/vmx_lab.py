@@ -200,7 +200,7 @@ class Lab:
         for gpa, data in placement.pieces:
             self.memory.write(gpa, data)
         self.machine.boot(placement.boot)
-        self.probe = Probe(line, 20)
+        self.probe = Probe(line, 5)
         self.probe.wait_for_hello()
         self._tables()
         if vmx:

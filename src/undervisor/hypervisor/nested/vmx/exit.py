@@ -13,6 +13,7 @@ from undervisor.arch.vmx.controls import (
     EntryControls,
     ExitControls,
     InterruptibilityState,
+    InterruptionType,
     PinBasedControls,
 )
 from undervisor.arch.vmx.exits import ExitReason
@@ -44,6 +45,7 @@ _FLAT: Final = 0xFFFF_FFFF
 _TSS_LIMIT: Final = 0x67
 _TABLE_LIMIT: Final = 0xFFFF
 _VALID: Final = 1 << 31
+_ONE_BYTE: Final[dict[int, bytes]] = {Vector.BP: b"\xcc", Vector.OF: b"\xce"}
 _RIP, _RSP, _RFLAGS, _RAX = V.RIP >> 3, V.RSP >> 3, V.RFLAGS >> 3, V.RAX >> 3
 _CR0, _CR2, _DR6, _EFER = V.CR0 >> 3, V.CR2 >> 3, V.DR6 >> 3, V.EFER >> 3
 _SHADOW, _CS_ATTRIBUTES = V.INTERRUPT_SHADOW >> 3, V.CS_ATTRIBUTES >> 1
@@ -183,11 +185,27 @@ def record_vectoring(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> N
     if not event:
         fields[F.IDT_VECTORING_INFORMATION] = 0
         return
+    if event >> 8 & 7 >= InterruptionType.SOFTWARE_INTERRUPT and vcpu.state.is_int:
+        event, length = _software_event(vcpu, event)
+        fields[F.EXIT_INSTRUCTION_LENGTH] = length
+        vcpu.state.rip = vcpu.state.rip - length & (1 << 64) - 1
     fields[F.IDT_VECTORING_INFORMATION] = event & 0x8000_0FFF
     fields[F.IDT_VECTORING_ERROR_CODE] = event >> 32
-    if event >> 8 & 7 >= 4:
-        fields[F.EXIT_INSTRUCTION_LENGTH] = vcpu.state.next_rip - vcpu.state.rip & 0xF
     vcpu.exit.event = 0
+
+
+def _software_event(vcpu: Vcpu, event: int) -> tuple[int, int]:
+    """A software event as VMX names it, and the length of its instruction.
+
+    The silicon has moved RIP behind the instruction, and calls INT3 and INTO software interrupts.
+    """
+    one_byte = _ONE_BYTE.get(event & 0xFF)
+    if one_byte and event >> 8 & 7 == InterruptionType.SOFTWARE_INTERRUPT:
+        before = vcpu.read_gva(vcpu.linear_rip() - 1 & (1 << 64) - 1, 1)
+        if before == one_byte:
+            return event & ~0x700 | InterruptionType.SOFTWARE_EXCEPTION << 8, 1
+    next_rip, length = vcpu.processor.software
+    return (event, length) if next_rip == vcpu.state.rip else (event, 2)
 
 
 def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
