@@ -212,3 +212,25 @@ def test_two_hosts_over_ssh_are_checked_and_enabled(playbook, machines, tmp_path
     assert "changed=0" in second.stdout, second.stdout + second.stderr
     ours = Path("/etc/default/grub")
     assert not ours.exists() or "kvm_intel.nested" not in ours.read_text()
+
+
+@pytest.mark.deep
+def test_two_hosts_are_read_from_the_controller(playbook, machines, tmp_path):
+    """Nothing of ours on the hosts: the task runs here and reads them over SSH."""
+    hosts = machines["all"]["hosts"]
+    config = tmp_path / "ssh_config"
+    config.write_text(
+        f"Host *\n IdentityFile {tmp_path}/keys/user\n IdentitiesOnly yes\n"
+        f" UserKnownHostsFile {tmp_path}/keys/known\n StrictHostKeyChecking accept-new\n"
+    )
+    tasks = [
+        check(host="root@{{ ansible_host }}", ssh_config=str(config), security=True)
+        | {"delegate_to": "localhost", "register": "told"},
+        {"ansible.builtin.debug": {"msg": "{{ inventory_hostname }} is {{ told.cause }}"}},
+    ]
+    here_too = {"hosts": {"localhost": here()["all"]["hosts"]["localhost"]}}
+    inventory = {"all": {"hosts": hosts, "children": {"controller": here_too}}}
+    plays = [{"hosts": "one,two", "gather_facts": False, "tasks": tasks}]
+    done = playbook(plays, inventory)
+    assert "one is nested-off-built-in" in done.stdout, done.stdout + done.stderr
+    assert "two is l0-hides-virtualization" in done.stdout
