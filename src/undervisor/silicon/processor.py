@@ -76,6 +76,7 @@ class Processor:
         if intel:
             layout.be_intel(self._env)
         self._error: BaseException | None = None
+        self.software = 0, 0  # of the last software event injected: the next RIP, the length
         self._on_exit: OnExit = lambda code: STOP
         self._callback = _CALLBACK(self._leave)
         self._start = library.api("uc_emu_start")
