@@ -294,6 +294,8 @@ class Processor:
         state.error_code = 0
         state.is_int = 1
         state.next_rip = state.rip + length
+        if length:  # 0: the same event once more, after RIP was moved
+            self.software = state.next_rip, length
         self._record(vector | kind << 8, 0)
         return DELIVER
 
