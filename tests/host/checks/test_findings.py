@@ -136,6 +136,28 @@ def test_a_domain_with_the_extension_is_left_alone(altered, cpu):
     assert not {i for i in found if i.startswith("domain-")} - {"domain-without-limits"}
 
 
+@pytest.mark.parametrize(
+    ("cpu", "found"),
+    [
+        ("-cpu EPYC", True),
+        ("", True),
+        ("-cpu host,-svm", True),
+        ("-cpu EPYC,+svm", False),
+        ("-cpu EPYC,svm=on", False),
+        ("-cpu host", False),
+        ("-cpu max", False),
+    ],
+)
+def test_a_guest_of_qemu_alone_is_read_from_its_command_line(altered, cpu, found):
+    def change(said, files):
+        for command in said["commands"]:
+            if command["argv"][0] == "ps":
+                command["stdout"] = [f"77 qemu-system-x86_64 -accel kvm -name l1 {cpu}"]
+
+    examination = altered("amd-stable-7.1.2", change)
+    assert ("guest-without-extension" in ids(examination)) == found
+
+
 CAPABILITIES = """<domainCapabilities><domain>{domain}</domain><cpu>
 <mode name='host-passthrough' supported='yes'/><mode name='host-model' supported='yes'>
 <model fallback='forbid'>EPYC-Rome</model><feature policy='{policy}' name='svm'/></mode></cpu>

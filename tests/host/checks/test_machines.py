@@ -63,6 +63,7 @@ KINDS_WITHOUT_A_MACHINE = {
     "domain-disables-extension",
     "domain-emulated",
     "libvirt-without-kvm",
+    "guest-without-extension",
 }
 """Found by tests of their own, next to their check."""
 

@@ -136,7 +136,7 @@ def _use(machine: Machine) -> Iterator[Finding]:
         return
     gives = machine.software.gives
     users = [d for d in domains.value if d.type == "kvm" and gives(d, flag) is not False]
-    running = [g for g in guests.value if g.cpu.startswith(("host", "max")) or flag in g.cpu]
+    running = [g for g in guests.value if g.has(flag)]
     if not users and not running:
         yield NESTED_UNUSED.found(f"{len(domains.value)} domains, none is given {flag}")
     without = [d.name for d in users if not (d.memory_limit and d.cpu_limit)]

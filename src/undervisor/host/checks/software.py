@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from undervisor.host.checks.finding import Finding, Kind, Layer, Level
 from undervisor.host.fact import Absent, Known
 from undervisor.host.facts.machine import Machine
-from undervisor.host.facts.software import Domain
+from undervisor.host.facts.software import Domain, Guest
 from undervisor.host.facts.version import Version
 
 _L = Layer.SOFTWARE
@@ -74,6 +74,11 @@ GUEST_EMULATED = Kind(
     "Their QEMU neither asks for KVM nor holds a KVM virtual machine: they run under TCG.",
     "Start them with -accel kvm, which fails loudly where KVM is not usable.",
 )  # fmt: skip
+GUEST_WITHOUT = Kind(
+    "guest-without-extension", _L, Level.NOTE, "Running guests whose CPU lacks the extension",
+    "They were started by QEMU itself with a named CPU model that does not ask for it.",
+    "For a guest that is to be an L1: -cpu host, or -cpu MODEL,+{flag}.",
+)  # fmt: skip
 ENTRY_FAILED = Kind(
     "entry-failed", _L, Level.WARN, "The processor refused to enter a guest",
     "The message stands for KVM_EXIT_FAIL_ENTRY: the state that L1 wrote breaks a "
@@ -102,9 +107,22 @@ def check(machine: Machine) -> Iterator[Finding]:
         without = [g for g in software.guests.value if not g.wants_kvm and g.holds_kvm is not True]
         if without:
             yield GUEST_EMULATED.found(*(f"{g.name} (pid {g.pid})" for g in without[:5]))
+    yield from _guests_without(machine)
     failed = [*software.failed_entries, *machine.kernel.logged(r"KVM: entry failed")]
     if failed:
         yield ENTRY_FAILED.found(*failed)
+
+
+def _guests_without(machine: Machine) -> Iterator[Finding]:
+    """Guests that libvirt does not tell about; of the others the domains say it."""
+    flag, software = machine.processor.extension, machine.software
+    if isinstance(software.domains, Known) or flag not in ("vmx", "svm"):
+        return
+    guests: tuple[Guest, ...] = software.guests.value if isinstance(software.guests, Known) else ()
+    lacking = [g for g in guests if g.wants_kvm and not g.has(flag)]
+    if lacking:
+        told = (f"{g.name}: -cpu {g.cpu or '(none)'}" for g in lacking[:5])
+        yield GUEST_WITHOUT.found(*told, flag=flag)
 
 
 def _qemu(machine: Machine) -> Iterator[Finding]:

@@ -72,6 +72,13 @@ class Guest:
     wants_kvm: bool
     holds_kvm: bool | None
 
+    def has(self, flag: str) -> bool:
+        """Whether its -cpu option gives it `flag`."""
+        words = self.cpu.split(",")
+        if f"-{flag}" in words or f"{flag}=off" in words:
+            return False
+        return words[0] in ("host", "max") or bool({f"+{flag}", f"{flag}=on", flag} & set(words))
+
 
 @dataclass(frozen=True, slots=True)
 class Software:
