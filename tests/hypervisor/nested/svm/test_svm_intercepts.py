@@ -10,7 +10,7 @@ from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
 from undervisor.arch.x86.segments import Segment
-from undervisor.hypervisor.nested.svm.reflect import UNSUPPORTED
+from undervisor.hypervisor.nested.svm.controls import UNSUPPORTED
 
 MOV = 1 << 63
 

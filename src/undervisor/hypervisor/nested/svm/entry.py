@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.svm.exits import ExitCode
-from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import LbrControl, NestedControl
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import EventType, Vector
@@ -22,6 +21,7 @@ from undervisor.arch.x86.registers import (
     Efer,
     Rflags,
 )
+from undervisor.hypervisor.nested.svm import controls
 from undervisor.hypervisor.nested.svm.exit import host_goes_on, write_information
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
 from undervisor.silicon.layout import Env
@@ -55,13 +55,6 @@ _DR7_WRITABLE: Final = 0xFFFF_23FF
 _RFLAGS_DEFINED: Final = int(Rflags.DECLARED)
 _VIRTUAL_VMLOAD: Final = int(LbrControl.virtualized_vmload_vmsave_enable)
 _SOFTWARE: Final = (Vector.BP, Vector.OF)
-
-# Exceptions that can become a double fault while another is delivered: the silicon makes it one
-# without looking at the intercept of #DF, so that L0 must see them where L1 wants that.
-_CONTRIBUTORY: Final = sum(
-    1 << v for v in (Vector.DE, Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.PF)
-)
-_BREAKPOINTS: Final = 1 << Intercept.EXCP_BP | 1 << Intercept.EXCP_OF
 
 
 def enter(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict:
@@ -107,10 +100,10 @@ def save_host(vcpu: Vcpu, svm: SvmState, length: int) -> None:
 
 
 def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
-    controls = bytes(vmcb12.b[0:_CONTROLS_END])
-    if controls != svm.controls:
-        _merge_intercepts(vcpu, svm, vmcb12)
-        svm.controls = controls
+    current = bytes(vmcb12.b[0:_CONTROLS_END])
+    if current != svm.controls:
+        controls.merge(vcpu, svm, vmcb12)
+        svm.controls = current
     q, d = vmcb12.q, vmcb12.d
     svm.virtual, svm.vector = d[_VIRTUAL], d[_VECTOR] & 0xFF
     svm.pauses_left = vmcb12.w[_PAUSES]
@@ -125,25 +118,6 @@ def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
         svm.host_pat, msrs[_PAT] = msrs[_PAT], q[_G_PAT]
     else:
         vcpu.vmcb02.q[_N_CR3] = vcpu.machine.npt01.root
-
-
-def _merge_intercepts(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
-    """vmcb02 exits for whatever L1 or L0 wants to see."""
-    svm.wanted = wanted = int.from_bytes(vmcb12.b[0:24], "little")
-    svm.iopm = vmcb12.iopm_base_pa & ~0xFFF
-    svm.msrpm = vmcb12.msrpm_base_pa & ~0xFFF
-    merged = wanted | int.from_bytes(vcpu.vmcb01.b[0:24], "little")
-    if wanted & _BREAKPOINTS:
-        merged |= 1 << Intercept.INTN  # the silicon takes INT3 and INTO for INT n
-    if wanted >> Intercept.EXCP_DF & 1:
-        merged |= _CONTRIBUTORY << Intercept.EXCP_DE
-    if wanted >> Intercept.RDTSCP & 1:
-        merged |= 1 << Intercept.RDTSC
-    vmcb02 = vcpu.vmcb02
-    vmcb02.b[0:24] = merged.to_bytes(24, "little")
-    vmcb02.nested_control = 1
-    vmcb02.guest_asid = 1
-    vmcb02.msrpm_base_pa = vcpu.machine.all_msrs()
 
 
 def _load_guest(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:

@@ -12,7 +12,6 @@ from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import DR7_FIXED_ONE, Dr6, Rflags
-from undervisor.hypervisor import decode
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Switched
 from undervisor.silicon.layout import Env
@@ -93,10 +92,3 @@ def _load_host(vcpu: Vcpu) -> None:
     vcpu.activity = Activity.ACTIVE
     vcpu.load(host)
     vcpu.processor.request_window(False)
-
-
-def next_rip(vcpu: Vcpu) -> int:
-    """nRIP: the address behind the instruction."""
-    state = vcpu.state
-    rip: int = state.q[_RIP] + decode.length(vcpu)
-    return rip & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)

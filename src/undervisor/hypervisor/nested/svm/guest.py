@@ -10,7 +10,7 @@ from undervisor.arch.x86.events import EventType, Fault
 from undervisor.arch.x86.registers import legalize_cr8
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, halt
-from undervisor.hypervisor.nested.svm import events, instructions, reflect
+from undervisor.hypervisor.nested.svm import events, information, instructions, reflect
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Switched, Verdict
 from undervisor.silicon.glue import EXIT_BUDGET
 
@@ -31,7 +31,7 @@ def exception(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
 
 def software_interrupt(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
     """INT n, INT3 or INTO that L1 does not want."""
-    vector, length = reflect.software_vector(vcpu)
+    vector, length = information.software_vector(vcpu)
     svm.software_rip = vcpu.state.rip
     plain = decode.instruction(vcpu).code == decode.Code.INT_IMM8
     kind = EventType.SOFTWARE_INTERRUPT if plain else EventType.EXCEPTION

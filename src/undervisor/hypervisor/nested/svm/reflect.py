@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from iced_x86 import Code, Register
+from iced_x86 import Code
 
-from undervisor.arch.svm.exits import SAVES_NEXT_RIP, ExitCode, IoInfo
+from undervisor.arch.svm.exits import SAVES_NEXT_RIP, ExitCode
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, EventType, Fault, Vector
 from undervisor.arch.x86.registers import Cr0, legalize_lmsw
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, exceptions, io
-from undervisor.hypervisor.nested.svm import paging, permissions
-from undervisor.hypervisor.nested.svm.exit import leave, next_rip
+from undervisor.hypervisor.nested.svm import information, paging, permissions
+from undervisor.hypervisor.nested.svm.exit import leave
 from undervisor.hypervisor.verdict import Switched, Verdict
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def reflect(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         svm,
         code,
         event=exit.event,
-        next_rip=next_rip(vcpu) if code in _NEXT_RIP else 0,
+        next_rip=information.next_rip(vcpu) if code in _NEXT_RIP else 0,
     )
 
 
@@ -125,7 +125,7 @@ def _undefined(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     feature, _ = exceptions.EMULATED.get(decoded.code, ("", None))
     if feature and vcpu.has(feature):
         if wants_invpcid and decoded.code in _INVPCID and not vcpu.state.cpl:
-            return leave(vcpu, svm, ExitCode.INVPCID, next_rip=next_rip(vcpu))
+            return leave(vcpu, svm, ExitCode.INVPCID, next_rip=information.next_rip(vcpu))
         return None
     return _exception(svm, vcpu, exit)
 
@@ -141,8 +141,8 @@ def _leave_cr(svm: SvmState, vcpu: Vcpu, code: int, decoded: decode.Instruction)
     read = code < ExitCode.CR0_WRITE
     move = decoded.mnemonic == _MNEMONIC_MOV
     register = decoded.op0_register if read else decoded.op1_register
-    info = _MOV | register_number(register) if move else 0
-    return leave(vcpu, svm, code, info, next_rip=next_rip(vcpu))
+    info = _MOV | information.register_number(register) if move else 0
+    return leave(vcpu, svm, code, info, next_rip=information.next_rip(vcpu))
 
 
 def _cr0_write(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
@@ -173,30 +173,20 @@ def _dr_access(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         return None
     decoded = decode.instruction(vcpu)
     read = exit.code < ExitCode.DR0_WRITE
-    number = register_number(decoded.op0_register if read else decoded.op1_register)
-    return leave(vcpu, svm, exit.code, number, next_rip=next_rip(vcpu))
+    number = information.register_number(decoded.op0_register if read else decoded.op1_register)
+    return leave(vcpu, svm, exit.code, number, next_rip=information.next_rip(vcpu))
 
 
 def _software_interrupt(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     """INT n, and INT3 and INTO, which are exceptions to L1 and software interrupts to silicon."""
-    vector, _ = software_vector(vcpu)
+    vector, _ = information.software_vector(vcpu)
     if vector in (Vector.BP, Vector.OF) and decode.instruction(vcpu).code != Code.INT_IMM8:
         code, info = ExitCode.EXCP_DE + vector, 0
     else:
         code, info = ExitCode.SWINT, vector
     if not svm.wanted >> code & 1:
         return None
-    return leave(vcpu, svm, code, info, next_rip=next_rip(vcpu))
-
-
-def software_vector(vcpu: Vcpu) -> tuple[int, int]:
-    """The vector of the INT n, INT3 or INTO at the instruction pointer, and its length."""
-    decoded = decode.instruction(vcpu)
-    if decoded.code == Code.INT3:
-        return Vector.BP, decoded.len
-    if decoded.code == Code.INTO:
-        return Vector.OF, decoded.len
-    return int(decoded.immediate(0)) & 0xFF, decoded.len
+    return leave(vcpu, svm, code, info, next_rip=information.next_rip(vcpu))
 
 
 def _timestamp(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
@@ -221,7 +211,7 @@ def _cache_flush(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
 def _plain(svm: SvmState, vcpu: Vcpu, code: int, info1: int = 0) -> Verdict | None:
     if not svm.wanted >> code & 1:
         return None
-    return leave(vcpu, svm, code, info1, next_rip=next_rip(vcpu))
+    return leave(vcpu, svm, code, info1, next_rip=information.next_rip(vcpu))
 
 
 def _invlpg(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
@@ -242,38 +232,10 @@ def _port(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         vcpu,
         svm,
         ExitCode.IOIO,
-        info | _io_details(vcpu, decoded),
-        next_rip(vcpu),
-        next_rip=next_rip(vcpu),
+        info | information.io_details(vcpu, decoded),
+        information.next_rip(vcpu),
+        next_rip=information.next_rip(vcpu),
     )
-
-
-_SEGMENTS: Final = {
-    register: number
-    for number, register in enumerate(
-        (Register.ES, Register.CS, Register.SS, Register.DS, Register.FS, Register.GS)
-    )
-}
-
-
-def _io_details(vcpu: Vcpu, decoded: decode.Instruction) -> int:
-    """The bits of EXITINFO1 beside port, size and direction."""
-    if not decoded.is_string_instruction:
-        bits = decode.bitness(vcpu)
-        return int(_ADDRESS_BITS[(1 << bits) - 1])
-    info = int(IoInfo.string) | int(_ADDRESS_BITS[decode.string_address_mask(vcpu, decoded)])
-    if decoded.has_rep_prefix or decoded.has_repne_prefix:
-        info |= IoInfo.rep
-    reads_memory = decoded.op_kind(1) != decode.OpKind.REGISTER
-    segment = decoded.memory_segment if reads_memory else Register.ES
-    return info | _SEGMENTS[segment] << 10
-
-
-_ADDRESS_BITS: Final = {
-    (1 << 16) - 1: IoInfo.address16,
-    (1 << 32) - 1: IoInfo.address32,
-    (1 << 64) - 1: IoInfo.address64,
-}
 
 
 def _msr(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
@@ -283,7 +245,7 @@ def _msr(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     write = exit.info1 & 1
     if not permissions.wants_msr(vcpu, svm, vcpu.state.q[1] & 0xFFFF_FFFF, write=bool(write)):
         return None
-    return leave(vcpu, svm, ExitCode.MSR, write, next_rip=next_rip(vcpu))
+    return leave(vcpu, svm, ExitCode.MSR, write, next_rip=information.next_rip(vcpu))
 
 
 def _pause(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
@@ -310,71 +272,6 @@ def _nested_page_fault(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
 def _window(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     """The silicon's VINTR exit is L0's own; L1's is made where interrupts are delivered."""
     return None
-
-
-# Intercepts that have no effect here, and why.
-UNSUPPORTED: Final[dict[Intercept, str]] = {
-    Intercept.TASK_SWITCH: "the silicon switches tasks without an exit",
-    Intercept.FERR_FREEZE: "there is no FERR# and no IGNNE# pin, so that nothing ever freezes",
-    Intercept.RDPRU: "no model has RDPRU: #UD",
-    Intercept.MCOMMIT: "no model has MCOMMIT: #UD",
-    Intercept.BUSLOCK: "no model announces the bus lock threshold",
-    Intercept.IDLE_HLT: "no model announces the idle HLT intercept",
-    **dict.fromkeys(
-        (Intercept.INVLPGB, Intercept.INVLPGB_ILLEGAL, Intercept.TLBSYNC),
-        "no model has INVLPGB and TLBSYNC: #UD",
-    ),
-    **{
-        intercept: "write traps are for guests with encrypted state, which no model has"
-        for intercept in Intercept
-        if Intercept.EFER_WRITE_TRAP <= intercept <= Intercept.CR15_WRITE_TRAP
-    },
-    **dict.fromkeys(
-        (
-            Intercept.EXCP_9,
-            Intercept.EXCP_15,
-            Intercept.EXCP_MC,
-            Intercept.EXCP_31,
-            *(i for i in Intercept if Intercept.EXCP_20 <= i <= Intercept.EXCP_VC),
-        ),
-        "nothing on this processor raises the exception",
-    ),
-    Intercept.EXCP_NMI: "vector 2 is the NMI, no exception, and has an intercept of its own",
-    Intercept.EXCP_AC: "the silicon does not check the alignment of data",
-    Intercept.EXCP_XF: "the silicon's SSE raises no floating-point exception",
-    **dict.fromkeys(
-        (i for i in Intercept if i < Intercept.DR0_READ and i & 0xF in (1, 5, 6, 7, *range(9, 16))),
-        "the control register does not exist: #UD",
-    ),
-    **dict.fromkeys(
-        (i for i in Intercept if Intercept.DR8_READ <= i < Intercept.EXCP_DE and i & 8),
-        "the debug register does not exist: #UD",
-    ),
-}
-
-
-_GPR_NUMBERS: Final = {
-    register: number
-    for number, names in enumerate(
-        (
-            ("RAX", "EAX"),
-            ("RCX", "ECX"),
-            ("RDX", "EDX"),
-            ("RBX", "EBX"),
-            ("RSP", "ESP"),
-            ("RBP", "EBP"),
-            ("RSI", "ESI"),
-            ("RDI", "EDI"),
-            *((f"R{n}", f"R{n}D") for n in range(8, 16)),
-        )
-    )
-    for register in (getattr(Register, name) for name in names)
-}
-
-
-def register_number(register: int) -> int:
-    """The encoding of a general register, by iced's number."""
-    return _GPR_NUMBERS[register]
 
 
 _MNEMONIC_MOV: Final = decode.iced_x86.Mnemonic.MOV
