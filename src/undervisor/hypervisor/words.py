@@ -57,6 +57,9 @@ _VMX_NAMES: Final[dict[int, str]] = {
 }
 
 
+_PLAIN_UD: Final = frozenset({"EXCP_UD", _R.EXCEPTION_OR_NMI.name})
+
+
 def reason(vcpu: Vcpu, exit: Exit) -> str:
     """The vendor's name of an exit.
 
@@ -90,6 +93,8 @@ def detail(vcpu: Vcpu, exit: Exit) -> str:
     about = _DETAILS.get(code)
     if about is not None:
         return about(vcpu, exit)
+    if code == ExitCode.EXCP_UD and reason(vcpu, exit) not in _PLAIN_UD:
+        return ""  # an instruction, not an exception
     if code in _EXCEPTIONS:
         return _exception(exit)
     if code < ExitCode.EXCP_DE and not vcpu.is_amd:
