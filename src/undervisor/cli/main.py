@@ -24,6 +24,8 @@ VERBS: dict[str, str] = {
     "migrate": "migrate",
     "explain": "explain",
     "rules": "rules",
+    "caps": "caps",
+    "state": "state",
     "exits": "exits",
     "report": "report",
 }

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -146,10 +147,11 @@ def _is_binary(raw: bytes) -> bool:
 
 def clean(text: str) -> list[str]:
     """Lines without colours, control characters and quote marks."""
-    lines = []
-    for line in _ANSI.sub("", text).splitlines()[:LINES_LIMIT]:
-        lines.append(_QUOTE.sub("", _CONTROL.sub("", line[:LINE_LIMIT])).rstrip())
-    return lines
+    filled = (line for line in _ANSI.sub("", text).splitlines() if line and not line.isspace())
+    return [
+        _QUOTE.sub("", _CONTROL.sub("", line[:LINE_LIMIT])).rstrip()
+        for line in islice(filled, LINES_LIMIT)
+    ]
 
 
 def _texts(lines: list[str]) -> list[Dump]:

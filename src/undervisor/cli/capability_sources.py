@@ -1,0 +1,253 @@
+"""Where capabilities are read: this machine, another one, a CPU model of ours, a file, a value.
+
+A source is a word:
+  here          this machine: its msr devices, or else /dev/kvm
+  msr, kvm      just the one or the other
+  cpu:MODEL     a CPU model of the built-in L0
+  user@host     another machine, over SSH
+  480=..,48b=.. MSRs written out; phys=39 and linear=48 are address widths
+  anything else a file or a recording's folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import re
+import struct
+from collections.abc import Iterator
+
+from undervisor.arch.vmx.capabilities import VmxMsr
+from undervisor.errors import BadInput
+from undervisor.explain.capabilities import MOST, MSRS, CapabilitySet, load, msr_index
+from undervisor.host.access.opening import open_host
+from undervisor.host.access.protocol import Host
+from undervisor.host.fact import Known
+
+KVM_DEVICE = "/dev/kvm"
+KVM_GET_API_VERSION = 0xAE00
+KVM_GET_MSR_FEATURE_INDEX_LIST = 0xC004_AE0A
+KVM_GET_MSRS = 0xC008_AE88
+KVM_API_VERSION = 12
+MOST_FEATURE_MSRS = 512
+
+_INLINE = re.compile(r"\s*(\w+)\s*[=:]\s*((?:0x)?[0-9a-fA-F_]+)\s*\Z")
+_SVM_LEAF, _WIDTHS_LEAF = 0x8000_000A, 0x8000_0008
+
+
+def read_source(word: str, ssh_config: str = "") -> CapabilitySet:
+    """The capabilities that `word` names; BadInput where they can't be read."""
+    if word == "here":
+        return _here()
+    if word == "msr":
+        return _from_msr_devices()
+    if word == "kvm":
+        return from_kvm()
+    if word.startswith("cpu:"):
+        return from_model(word.removeprefix("cpu:"))
+    inline = _inline(word)
+    if inline is not None:
+        return inline
+    if os.path.isdir(word):
+        return _from_host(recording=word)
+    if "@" in word and not os.path.exists(word):
+        return _from_host(host=word, ssh_config=ssh_config)
+    return load(word)
+
+
+def _inline(word: str) -> CapabilitySet | None:
+    """MSRs and widths that are written out."""
+    found = CapabilitySet(word, [{}])
+    for part in word.split(","):
+        match = _INLINE.match(part)
+        if match is None:
+            return None
+        name, digits = match[1], match[2].replace("_", "")
+        if name in ("phys", "linear"):
+            setattr(found, f"{name.replace('phys', 'physical')}_width", int(digits, 10))
+            continue
+        index = msr_index(name)
+        value = int(digits, 16)
+        if index is None or value >> 64:
+            return None
+        found.msrs[index] = value
+    return found
+
+
+# --- This machine ---------------------------------------------------------------------------------
+
+
+def _here() -> CapabilitySet:
+    """The msr devices, or else /dev/kvm, which needs no root."""
+    reasons = []
+    for read in (_from_msr_devices, from_kvm):
+        try:
+            found = read()
+        except BadInput as error:
+            reasons.append(error.message)
+            continue
+        found.name = "this machine"
+        return found
+    raise BadInput("this machine's capabilities can't be read: " + "; ".join(reasons))
+
+
+def _from_msr_devices() -> CapabilitySet:
+    """Every processor's MSRs from /dev/cpu/N/msr."""
+    found = CapabilitySet("the msr devices")
+    paths = sorted(glob.glob("/dev/cpu/[0-9]*/msr"), key=lambda p: int(p.split("/")[3]))[:MOST]
+    if not paths:
+        raise BadInput("there are no msr devices", hint="modprobe msr")
+    for path in paths:
+        try:
+            found.cpus.append(_device_msrs(path))
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}", hint="run it as root") from None
+    if not any(found.cpus):
+        _add_leaves(found, "")
+        if found.svm is None:
+            raise BadInput("the processor has no VMX capability MSRs")
+        return found
+    _add_leaves(found, "")
+    return found
+
+
+def _device_msrs(path: str) -> dict[int, int]:
+    msrs = {}
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for index in sorted(MSRS):
+            try:
+                raw = os.pread(number, 8, index)
+            except OSError as error:
+                if error.errno == errno.EIO:  # the MSR's own #GP: this processor lacks it
+                    continue
+                raise
+            if len(raw) == 8:
+                msrs[index] = int.from_bytes(raw, "little")
+    finally:
+        os.close(number)
+    if VmxMsr.IA32_VMX_BASIC not in msrs:
+        return {}
+    return msrs
+
+
+def from_kvm(path: str = KVM_DEVICE) -> CapabilitySet:
+    """What KVM would offer to a guest: its feature MSRs, read without changing anything."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        hint = "be in the group kvm" if error.errno == errno.EACCES else ""
+        raise BadInput(f"{path}: {error.strerror}", hint=hint) from None
+    try:
+        if fcntl.ioctl(number, KVM_GET_API_VERSION, 0) != KVM_API_VERSION:
+            raise BadInput(f"{path} is not KVM, or not of an API that is known")
+        indexes = _feature_indexes(number)
+        msrs = {}
+        for index in indexes:
+            value = _feature_msr(number, index)
+            if value is not None:
+                msrs[index] = value
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    finally:
+        os.close(number)
+    found = CapabilitySet("KVM's feature MSRs", [msrs] if msrs else [])
+    _add_leaves(found, "")
+    if not found.vendor:
+        raise BadInput("KVM offers no VMX here", hint="modprobe kvm_intel nested=1")
+    return found
+
+
+def _feature_indexes(number: int) -> list[int]:
+    """The VMX MSRs among those that KVM can be asked for."""
+    buffer = bytearray(struct.pack("I", MOST_FEATURE_MSRS) + bytes(4 * MOST_FEATURE_MSRS))
+    fcntl.ioctl(number, KVM_GET_MSR_FEATURE_INDEX_LIST, buffer)
+    (count,) = struct.unpack_from("I", buffer)
+    count = min(count, MOST_FEATURE_MSRS)
+    return [i for i in struct.unpack_from(f"{count}I", buffer, 4) if i in MSRS]
+
+
+def _feature_msr(number: int, index: int) -> int | None:
+    """One feature MSR: struct kvm_msrs with one entry."""
+    buffer = bytearray(struct.pack("IIIIQ", 1, 0, index, 0, 0))
+    try:
+        done = fcntl.ioctl(number, KVM_GET_MSRS, buffer)
+    except OSError:
+        return None
+    return int(struct.unpack_from("Q", buffer, 16)[0]) if done == 1 else None
+
+
+# --- Other machines -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(host: str, recording: str, ssh_config: str) -> Iterator[Host]:
+    opened = open_host(host=host, recording=recording, ssh_config=ssh_config)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _from_host(host: str = "", recording: str = "", ssh_config: str = "") -> CapabilitySet:
+    """The first processor of another machine, or of a recorded one."""
+    with _opened(host, recording, ssh_config) as opened:
+        msrs = {}
+        why = ""
+        for index in sorted(MSRS):
+            fact = opened.msr(index)
+            if isinstance(fact, Known):
+                msrs[index] = fact.value
+            else:
+                why = why or str(fact)
+        known = {i: v for i, v in msrs.items() if i != VmxMsr.IA32_FEATURE_CONTROL}
+        found = CapabilitySet(opened.name, [msrs] if known else [])
+        _leaves(found, opened)
+    if not found.vendor:
+        raise BadInput(f"{host or recording}: no capabilities can be read ({why})")
+    return found
+
+
+def _add_leaves(found: CapabilitySet, recording: str) -> None:
+    with _opened("", recording, "") as opened:
+        _leaves(found, opened)
+
+
+def _leaves(found: CapabilitySet, host: Host) -> None:
+    """Address widths, and the SVM leaf of an AMD processor."""
+    top = host.cpuid(0x8000_0000)
+    if not isinstance(top, Known):
+        return
+    if top.value.eax >= _WIDTHS_LEAF:
+        widths = host.cpuid(_WIDTHS_LEAF)
+        if isinstance(widths, Known):
+            found.physical_width = widths.value.eax & 0xFF
+            found.linear_width = widths.value.eax >> 8 & 0xFF
+    extended = host.cpuid(0x8000_0001)
+    has_svm = isinstance(extended, Known) and extended.value.ecx >> 2 & 1
+    if has_svm and top.value.eax >= _SVM_LEAF and not any(found.cpus):
+        leaf = host.cpuid(_SVM_LEAF)
+        if isinstance(leaf, Known):
+            value = leaf.value
+            found.svm = (value.eax, value.ebx, value.ecx, value.edx)
+
+
+def from_model(spec: str) -> CapabilitySet:
+    """A CPU model of the built-in L0."""
+    from undervisor.hypervisor import models
+
+    model = models.named(spec)
+    found = CapabilitySet(f"cpu:{spec}")
+    found.physical_width, found.linear_width = model.physical_width, model.linear_width
+    if model.vmx is not None:
+        msrs = model.msrs()
+        found.cpus = [{index: msrs[index] for index in sorted(MSRS) if index in msrs}]
+    elif model.has("svm"):
+        answer = model.cpuid(_SVM_LEAF, 0, models.CpuidState())
+        found.svm = (answer.eax, answer.ebx, answer.ecx, answer.edx)
+    if not found.vendor:
+        raise BadInput(f"the model {spec} has neither VMX nor SVM")
+    return found
