@@ -34,7 +34,6 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tlb_flush_page": (None, (_POINTER, _U64)),
     "tlb_set_page": (None, (_POINTER, _U64, _U64, ctypes.c_int, ctypes.c_int, _U64)),
     "tb_invalidate_phys_range": (None, (_POINTER, _U64, _U64)),
-    "cpu_exit": (None, (_POINTER,)),
 }
 
 
@@ -68,6 +67,12 @@ def function(name: str) -> Any:
     bound = symbol(name)
     bound.restype, bound.argtypes = FUNCTIONS[name]
     return bound
+
+
+def check_symbols() -> None:
+    """Raise `SiliconDied` unless every function that we may ever call is there."""
+    for name in FUNCTIONS:
+        symbol(name)
 
 
 def address(name: str) -> int:

@@ -61,6 +61,7 @@ class Processor:
 
     def __init__(self, memory: Memory, *, intel: bool = False) -> None:
         library.check_version()
+        library.check_symbols()
         self.memory = memory
         self.engine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self.engine.ctl_set_cpu_model(public.UC_CPU_X86_EPYC)
@@ -77,6 +78,7 @@ class Processor:
             layout.be_intel(self._env)
         self._error: BaseException | None = None
         self.software = 0, 0  # of the last software event injected: the next RIP, the length
+        self._window = False
         self._on_exit: OnExit = lambda code: STOP
         self._callback = _CALLBACK(self._leave)
         self._start = library.api("uc_emu_start")
@@ -169,6 +171,7 @@ class Processor:
         self._on_exit = on_exit
         self._budget.value = budget
         status = self._start(self._handle, self.state.rip, 0, 0, 0)
+        self.request_window(self._window)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -181,10 +184,14 @@ class Processor:
     def _leave(self, code: int) -> int:
         """From the glue: a #VMEXIT.  No exception may cross the emulator's frames."""
         try:
-            return self._on_exit(code)
+            action = self._on_exit(code)
         except BaseException as error:
             self._error = error
-            return STOP
+            action = STOP
+        if action == STOP:  # a window that stands would open again before the engine stops
+            self._window = self.window_requested
+            self.request_window(False)
+        return action
 
     @property
     def blocks(self) -> int:
@@ -317,7 +324,10 @@ class Processor:
         self.memory.set_u64(vmcb + VmcbField.EVENTINJ, error_code << 32 | event | _EVENT_VALID)
 
     def take_interrupted_event(self) -> int:
-        """The event in whose delivery this exit happened, in EXITINTINFO form; 0 where none."""
+        """The event in whose delivery this exit happened, in EXITINTINFO form; 0 where none.
+
+        Where an instruction asked for it (INT n, INT3, INTO), RIP is behind that instruction.
+        """
         where = self.state.q[Env.VMCB // 8] + VmcbField.EVENTINJ
         event = self.memory.u64(where)
         if not event & _EVENT_VALID:
