@@ -399,7 +399,8 @@ class Machine:
         """
         step, q = vcpu.step, vcpu.state.q
         assert step is not None
-        ran = exit.code == EXIT_BUDGET and self.processor.blocks - step.blocks > 1
+        passed = self.processor.blocks - EXIT_NS // BLOCK_NS - step.blocks
+        ran = exit.code == EXIT_BUDGET and passed > 1
         if ran and q[16] == step.rip and q[1] != step.count:
             # The silicon finds out only at the next pass that REP's last iteration is over.
             decoded = decode.instruction(vcpu)

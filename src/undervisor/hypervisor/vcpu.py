@@ -30,6 +30,7 @@ from undervisor.arch.x86.registers import (
     Cr0,
     Cr4,
     Dr6,
+    Dr7,
     Rflags,
 )
 from undervisor.arch.x86.segments import Segment, real_mode_segment
@@ -117,6 +118,8 @@ class Vcpu:
         self.attention = False
         self.step: Step | None = None
         self.stepped = False
+        self.dr6_before = 0
+        self.debug_raised = 0
         self.window: Window | None = None
         self.nmi_pending = 0
         self.nmi_blocked = False
@@ -231,9 +234,22 @@ class Vcpu:
     def _debug_trap(self) -> Fault:
         """The #DB after an instruction or an iteration, with DR6 saying why."""
         step = Dr6.bs if self.state.q[17] & _TRAP_FLAG else 0
-        self.state.dr6 |= self.debug_conditions | step
+        self.raise_debug(self.debug_conditions | step)
         self.debug_conditions = 0
         return DB
+
+    def raise_debug(self, conditions: int) -> None:
+        """A debug exception for `conditions`, in DR6's form, which a VM exit may take back."""
+        self.dr6_before, self.debug_raised = self.state.dr6, conditions
+        self.state.dr6 |= conditions
+
+    def take_back_debug(self) -> int:
+        """DR6 and DR7 are as before `raise_debug`, whose conditions are given back."""
+        state, raised = self.state, self.debug_raised
+        state.dr6, self.debug_raised = self.dr6_before, 0
+        if raised & Dr6.bd:
+            state.dr7 |= Dr7.gd
+        return raised
 
     def stops_after_iteration(self, conditions: int) -> bool:
         """Whether a repeated string instruction traps now: a single step, or `conditions`."""
@@ -269,6 +285,7 @@ class Vcpu:
         """Prepare an exception of the running world; the silicon's action that delivers it."""
         if fault.address is not None:
             self.state.cr2 = fault.address
+        self.dr6_before = self.state.dr6
         return self.processor.inject_exception(fault.vector, fault.error_code)
 
     @property

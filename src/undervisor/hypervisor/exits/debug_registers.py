@@ -21,7 +21,7 @@ def access(vcpu: Vcpu, exit: Exit) -> Verdict:
     number += 2 if number in (4, 5) else 0
     if state.dr7 & Dr7.gd:
         state.dr7 &= ~Dr7.gd
-        state.dr6 |= Dr6.bd
+        vcpu.raise_debug(Dr6.bd)
         return Inject(DB)
     decoded = decode.instruction(vcpu)
     index = (Env.DR0 >> 3) + number
@@ -35,6 +35,8 @@ def access(vcpu: Vcpu, exit: Exit) -> Verdict:
             return Inject(legal)
         value = legal
     state.q[index] = value
+    if number == 6:
+        vcpu.dr6_before = value
     return ADVANCE[decoded.len]
 
 

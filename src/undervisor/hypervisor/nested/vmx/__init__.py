@@ -11,6 +11,7 @@ from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Fault, Vector
 from undervisor.arch.x86.msr import Msr
+from undervisor.arch.x86.registers import Dr6
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import Handler
@@ -79,7 +80,6 @@ class NestedVmx:
         self.blocking_by_mov_ss = False
         self.trap_pending = False
         self.pending_debug = 0
-        self.dr6_before = 0
         self.iret_unblocked = False
         self.monitor_armed = False
         self.timer_deadline: int | None = None
@@ -105,7 +105,8 @@ class NestedVmx:
     def reflect(self, vcpu: Vcpu, exit: Exit) -> Verdict | None:
         """L1's controls decide, by a function per exit."""
         self.last = ""
-        if exit.code == ExitCode.EXCP_DB and vcpu.step is not None:
+        if exit.code == ExitCode.EXCP_DB:
+            vcpu.debug_raised = Dr6.bs  # the silicon has no breakpoints
             held = events.hold_debug_trap(vcpu, self)
             if held is not None:
                 return held
@@ -119,6 +120,8 @@ class NestedVmx:
             if held is not None:
                 return held
         if not reflect.wants_exception(self, fault.vector, fault.error_code or 0):
+            if fault.vector == Vector.DB:
+                events.deliver_debug(vcpu, self)
             return None
         return reflect.leave_for(vcpu, self, fault)
 

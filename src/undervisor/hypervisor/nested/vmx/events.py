@@ -137,15 +137,27 @@ def _pending_at_entry(fields: dict[int, int]) -> int:
     return pending if pending & valid else 0
 
 
+def take_pending(nested: NestedVmx) -> int:
+    """The conditions of the pending debug exceptions, in DR6's form; they are pending no more."""
+    pending, nested.pending_debug = nested.pending_debug, 0
+    return pending & (_BREAKPOINTS | Dr6.bs)
+
+
+def deliver_debug(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """A #DB goes to L2: with it goes what was pending while MOV SS blocked it."""
+    if nested.pending_debug:
+        vcpu.state.dr6 |= take_pending(nested)
+
+
 def _deliver_pending_debug(vcpu: Vcpu, nested: NestedVmx) -> int:
     """#DB for what is pending, or wait while MOV SS blocks it."""
     state = vcpu.state
     if state.interrupt_shadow and nested.blocking_by_mov_ss:
         vcpu.begin_step()
+        state.intercept_exceptions |= _DB_MASK
         return RESUME
-    pending, nested.pending_debug = nested.pending_debug, 0
     vcpu.activity = Activity.ACTIVE
-    state.dr6 |= pending & (_BREAKPOINTS | Dr6.bs)
+    vcpu.raise_debug(take_pending(nested))
     reflected = vcpu.nested.reflect_fault(vcpu, vcpu.exit, DB)
     if reflected is not None:
         return _action(vcpu, reflected)
@@ -157,22 +169,20 @@ def _arm_trap(vcpu: Vcpu, nested: NestedVmx) -> None:
     """The monitor trap flag: one instruction, then an exit; its #DB for RFLAGS.TF stays pending."""
     vcpu.begin_step()
     if vcpu.state.q[17] & _TF:
-        nested.dr6_before = vcpu.state.dr6
+        vcpu.dr6_before = vcpu.state.dr6
         vcpu.state.intercept_exceptions |= _DB_MASK
 
 
 def hold_debug_trap(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
     """A #DB behind an instruction: the monitor trap flag has priority, and keeps it pending."""
     traps = nested.primary & PrimaryControls.monitor_trap_flag
-    raised = vcpu.state.dr6 & ~nested.dr6_before
     steps = vcpu.step is not None and traps
-    if not (steps or nested.exit_behind is not None) or raised & Dr6.bd:
+    if not (steps or nested.exit_behind is not None) or vcpu.debug_raised & Dr6.bd:
         return None
-    conditions = raised & (_BREAKPOINTS | Dr6.bs)
-    if raised & _BREAKPOINTS:
+    conditions = vcpu.take_back_debug()
+    if conditions & _BREAKPOINTS:
         conditions |= PendingDebugExceptions.enabled_breakpoint
-    nested.pending_debug = conditions
-    vcpu.state.dr6 = nested.dr6_before
+    nested.pending_debug |= conditions
     if steps:
         vcpu.end_step()
     return GO_ON
@@ -184,6 +194,7 @@ def hold_debug_trap(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
 def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
     """Blocking by NMI at entry: of virtual NMIs where they are on, else of the processor's own."""
     nested.exit_behind, nested.virtual_pending = None, False
+    vcpu.dr6_before = vcpu.state.dr6
     blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
     if nested.pin & PinBasedControls.virtual_nmis:
         nested.virtual_nmi_blocked = blocked

@@ -17,11 +17,18 @@ from undervisor.arch.vmx.exits import CrAccessType, GdtrIdtrInstruction, LdtrTrI
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import GP0, UD, Fault, Vector
-from undervisor.arch.x86.registers import Cr0, Dr6, Dr7, Rflags
+from undervisor.arch.x86.registers import Cr0, Dr7, Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.exits import control_registers, exceptions, io
-from undervisor.hypervisor.nested.vmx import apic, information, instructions, paging, permissions
+from undervisor.hypervisor.nested.vmx import (
+    apic,
+    events,
+    information,
+    instructions,
+    paging,
+    permissions,
+)
 from undervisor.hypervisor.nested.vmx.exit import leave
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Switched, Verdict
 from undervisor.silicon.glue import EXIT_XSETBV
@@ -354,7 +361,7 @@ def leave_for(vcpu: Vcpu, nested: NestedVmx, fault: Fault) -> Verdict:
     if fault.error_code is not None:
         interruption |= _ERROR_CODE
     if fault.vector == Vector.DB:
-        qualification = vcpu.state.dr6 & (Dr6.b0 | Dr6.b1 | Dr6.b2 | Dr6.b3 | Dr6.bd | Dr6.bs)
+        qualification = vcpu.take_back_debug() | events.take_pending(nested)
     else:
         vcpu.state.q[17] |= Rflags.rf
     return leave(

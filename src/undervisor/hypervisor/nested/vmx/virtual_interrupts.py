@@ -132,7 +132,6 @@ def virtualize_self_ipi(vcpu: Vcpu, nested: NestedVmx, vector: int) -> None:
 def exit_behind(vcpu: Vcpu, nested: NestedVmx, reason: R, qualification: int) -> None:
     """A trap-like exit: it comes when the instruction is complete, before anything else."""
     nested.exit_behind = (reason, qualification)
-    nested.dr6_before = vcpu.state.dr6
     vcpu.attention = True
 
 
