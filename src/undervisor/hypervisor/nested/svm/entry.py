@@ -49,6 +49,7 @@ _RIP_NOW, _RFLAGS_NOW = Env.RIP >> 3, Env.RFLAGS >> 3
 _BASES: Final = tuple(
     field >> 3 for field in (F.ES_BASE, F.CS_BASE, F.SS_BASE, F.DS_BASE, F.GDTR_BASE, F.IDTR_BASE)
 )
+_ES, _CS, _SS, _DS, _GDTR, _IDTR = _BASES
 _EVENT_VALID, _HAS_ERROR = 1 << 31, 1 << 11
 _DR6_WRITABLE: Final = 0xE00F
 _DR7_WRITABLE: Final = 0xFFFF_23FF
@@ -125,8 +126,8 @@ def _load_guest(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
     vmcb02 = vcpu.vmcb02
     vmcb02.b[_SAVE:_SAVE_END] = vmcb12.b[_SAVE:_SAVE_END]
     q = vmcb02.q
-    for field in _BASES:
-        if q[field] >> 47:
+    if (q[_ES] | q[_CS] | q[_SS] | q[_DS] | q[_GDTR] | q[_IDTR]) >> 47:
+        for field in _BASES:
             q[field] = sign_extend(q[field])
     efer, cr0, rflags = q[_EFER], q[_CR0], q[_RFLAGS]
     q[_EFER] = efer | _LMA if efer & _LME and cr0 & _PG else efer & ~_LMA

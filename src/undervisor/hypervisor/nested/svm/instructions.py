@@ -14,7 +14,7 @@ from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.nested.svm import entry
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
-from undervisor.silicon.layout import Env
+from undervisor.silicon.layout import Env, Hflags
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.exit import Exit
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _DR0, _DR7, _RFLAGS = Env.DR0 >> 3, Env.DR7 >> 3, Env.RFLAGS >> 3
 _BREAKPOINTS: Final = 0xFF
+_CS64: Final = 1 << Hflags.CS64
 _PLAIN_LENGTH: Final = 3
 _ADDRESS_SIZE: Final = 0x67
 _OPCODE: Final = 0x0F
@@ -133,7 +134,9 @@ def invlpga(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
 def physical_operand(vcpu: Vcpu) -> tuple[int, int]:
     """The physical address in rAX and the instruction's length; #GP(0) where it is not allowed."""
     length = decode.length(vcpu)
-    address = vcpu.state.q[0] & _address_mask(vcpu, length)
+    address = vcpu.state.q[0]
+    if length != _PLAIN_LENGTH or not vcpu.state.hflags & _CS64:
+        address &= _address_mask(vcpu, length)
     if address & 0xFFF or address >> vcpu.model.physical_width:
         raise GuestFault(GP0)
     return address, length

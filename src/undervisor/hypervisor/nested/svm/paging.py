@@ -142,6 +142,7 @@ class Shadows:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._all: dict[tuple[int, int, int], Shadow] = {}
+        self._key = (0, 0, 0)
         self.current: Shadow | None = None
         self.stale = True
 
@@ -154,10 +155,11 @@ class Shadows:
         """The shadow for an entry under L1's control registers as they are now."""
         state = vcpu.state
         key = (n_cr3, state.cr4, state.efer)
-        shadow = self._all.pop(key, None)
-        if shadow is None:
-            shadow = self._create(vcpu, n_cr3)
-        self._all[key] = shadow
+        shadow = self.current
+        if shadow is None or key != self._key:
+            shadow = self._all.pop(key, None) or self._create(vcpu, n_cr3)
+            self._all[key] = shadow
+            self._key = key
         asked = self.stale or tlb_control != TlbControl.DO_NOTHING or asid != shadow.asid
         if (asked or len(shadow.seen) <= _CHEAP) and not shadow.is_current():
             shadow.clear()
