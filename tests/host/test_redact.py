@@ -60,6 +60,14 @@ def test_the_same_secret_is_the_same_word_and_another_is_another():
     assert redactor.removed == {"address": 2}
 
 
+def test_a_list_of_words_keeps_the_words_that_are_no_secrets():
+    raw = b"qemu\0-object\0secret,id=a,data=aGVsbG8gd29ybGQ=\0-cpu\0host\0--password\0hunter22\0"
+    after = Redactor().raw(raw)
+    assert after.split(b"\0")[3:5] == [b"-cpu", b"host"]
+    assert b"aGVsbG8" not in after
+    assert b"hunter22" not in after
+
+
 def test_redacting_twice_changes_nothing():
     redactor = Redactor()
     once = redactor.text("\n".join(SECRETS))

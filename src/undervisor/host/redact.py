@@ -131,9 +131,13 @@ class Redactor:
     def raw(self, raw: bytes) -> bytes:
         """`raw` without its secrets; bytes that are no text stay as they are."""
         try:
-            return self.text(raw.decode()).encode()
+            text = raw.decode()
         except UnicodeDecodeError:
             return raw
+        if "\0" in text and "\n" not in text:
+            # A list of words as in /proc/PID/cmdline: each on a line of its own for the patterns.
+            return self.text(text.replace("\0", "\n")).replace("\n", "\0").encode()
+        return self.text(text).encode()
 
     @property
     def removed(self) -> dict[str, int]:

@@ -6,12 +6,13 @@ nested setups, and what answers to such reports asked for besides.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from undervisor.host.access.protocol import Host
 from undervisor.host.fact import Absent, Denied, Fact, Known, Unknown, value_or
 from undervisor.host.facts.machine import Machine
-from undervisor.host.facts.software import processes
+from undervisor.host.facts.software import parse_guest, processes, split_command
 
 FILE_LIMIT = 8 << 20
 """Bytes of one item; a dmesg or a libvirt log of a busy host can reach some MiB."""
@@ -108,9 +109,14 @@ def _command_lines(host: Host) -> Collected:
     """Running guests from ps, and those that libvirt logged."""
     parts = []
     ran = processes(host)
-    if isinstance(ran, Known):
-        lines = [line for line in ran.value.stdout.splitlines() if "qemu" in line]
-        parts += lines
+    listed = ran.value.stdout.splitlines() if isinstance(ran, Known) else []
+    for line in listed:
+        pid, _, command = line.strip().partition(" ")
+        if pid.isdigit() and len(pid) < 9 and parse_guest(int(pid), split_command(command)):
+            # The process's own list of words is whole; ps may cut it.
+            raw = host.read_bytes(f"/proc/{pid}/cmdline")
+            words = value_or(raw, b"").decode("utf-8", "replace").rstrip("\0").split("\0")
+            parts.append(f"{pid} {shlex.join(words)}" if words != [""] else line)
     folder = "/var/log/libvirt/qemu"
     for name in value_or(host.listdir(folder), ())[:50]:
         if name.endswith(".log"):

@@ -6,7 +6,7 @@ from undervisor.host.access.protocol import Cpuid
 from undervisor.host.facts.kernel import parse_modprobe, parse_modules, parse_os_release
 from undervisor.host.facts.place import signature
 from undervisor.host.facts.processor import parse_cpuinfo
-from undervisor.host.facts.software import parse_domain, parse_guest
+from undervisor.host.facts.software import parse_domain, parse_guest, split_command
 from undervisor.host.facts.version import Flavour, Version, flavour, parse_version
 from undervisor.host.facts.zsystem import Level, parse_sysinfo
 
@@ -102,7 +102,7 @@ def test_a_signature_is_ebx_ecx_edx():
     ],
 )  # fmt: skip
 def test_a_qemu_command_line_is_read(command, name, cpu, wants):
-    guest = parse_guest(7, command)
+    guest = parse_guest(7, split_command(command))
     assert (guest.name, guest.cpu, guest.wants_kvm) == (name, cpu, wants)
 
 
@@ -110,7 +110,7 @@ def test_a_qemu_command_line_is_read(command, name, cpu, wants):
     "command", ["", "vim qemu-system-x86_64", "qemu-img create x", "'", "grep kvm"]
 )
 def test_another_program_is_no_guest(command):
-    assert parse_guest(7, command) is None
+    assert parse_guest(7, split_command(command)) is None
 
 
 @pytest.mark.parametrize("text", ["", "<a/>", "<domain>", "x" * 100])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lxml import etree
 
@@ -149,12 +149,16 @@ def _isolated(text: str) -> bool:
     return parse_xml(text).find("forward") is None
 
 
-def parse_guest(pid: int, command: str) -> Guest | None:
-    """A QEMU command line; None where it is another program."""
+def split_command(command: str) -> list[str]:
+    """The words of a command line as ps prints it, which is ambiguous where words hold spaces."""
     try:
-        words = shlex.split(command)
+        return shlex.split(command)
     except ValueError:
-        words = command.split()
+        return command.split()
+
+
+def parse_guest(pid: int, words: list[str]) -> Guest | None:
+    """A QEMU command line; None where it is another program."""
     program = words[0].rsplit("/", 1)[-1] if words else ""
     if not re.fullmatch(r"qemu-system-\w+(-microvm)?|qemu-kvm|kvm", program):
         return None
@@ -180,6 +184,15 @@ def processes(host: Host) -> Fact[Output]:
     return fact
 
 
+def _guest(host: Host, pid: int, words: list[str]) -> Guest | None:
+    """One guest; its own list of words is exact, where ps may cut the line at a terminal's end."""
+    raw = host.read_bytes(f"/proc/{pid}/cmdline")
+    if isinstance(raw, Known) and raw.value:
+        words = raw.value.decode("utf-8", "replace").rstrip("\0").split("\0")
+    guest = parse_guest(pid, words)
+    return replace(guest, holds_kvm=_holds_kvm(host, pid)) if guest else None
+
+
 def _guests(host: Host) -> Fact[tuple[Guest, ...]]:
     fact = processes(host)
     if isinstance(fact, Known) and fact.value.status:
@@ -187,10 +200,10 @@ def _guests(host: Host) -> Fact[tuple[Guest, ...]]:
     found = []
     for line in value_or(fact, _NOTHING).stdout.splitlines():
         pid, _, command = line.strip().partition(" ")
-        guest = parse_guest(int(pid), command) if pid.isdigit() and len(pid) < 9 else None
-        if guest:
-            holds = _holds_kvm(host, guest.pid)
-            found.append(Guest(guest.pid, guest.name, guest.cpu, guest.wants_kvm, holds))
+        if pid.isdigit() and len(pid) < 9 and parse_guest(int(pid), split_command(command)):
+            guest = _guest(host, int(pid), split_command(command))
+            if guest:
+                found.append(guest)
     return then(fact, lambda _: tuple(found))
 
 
