@@ -80,11 +80,25 @@ def test_a_verdict_names_the_first_thing_to_do(capsys):
         ["--host", "a b"],
         ["--guest", "--connect"],
         ["--below", "windows"],
+        ["--shell", "'"],
+        ["--shell", " "],
+        ["--shell", "no-such-command-at-all"],
+        ["--shell", "false"],
+        ["--shell", "sh", "--host", "x"],
     ],
 )
 def test_bad_options_are_bad_input(words, capsys):
     assert run(*words) == 2
     assert capsys.readouterr().err.startswith("undervisor: ")
+
+
+def test_a_command_that_gives_a_shell_is_a_way_in(capsys):
+    assert run("--shell", "sh", "--json") in (0, 1)
+    through = json.loads(capsys.readouterr().out)
+    run("--json")
+    here = json.loads(capsys.readouterr().out)
+    assert through["verdict"] == here["verdict"]
+    assert through["cause"] == here["cause"]
 
 
 def test_this_machine_can_be_checked(capsys):

@@ -24,6 +24,10 @@ from undervisor.report.examination import one_line, print_examination
 
 HostOption = Annotated[str, typer.Option("--host", help="A machine over SSH: user@name.")]
 GuestOption = Annotated[str, typer.Option("--guest", help="A libvirt guest, through its agent.")]
+ShellOption = Annotated[
+    str,
+    typer.Option("--shell", help="A command that gives a plain sh: 'kubectl exec -i POD -- sh'."),
+]
 RecordingOption = Annotated[
     str, typer.Option("--recording", help="A folder that `undervisor record` made.")
 ]
@@ -34,9 +38,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextlib.contextmanager
-def machine(host: str, guest: str, recording: str, ssh_config: str) -> Iterator[Host]:
+def machine(
+    host: str, guest: str, recording: str, ssh_config: str, shell: str = ""
+) -> Iterator[Host]:
     """The machine that the options name, closed at the end."""
-    opened = open_host(host=host, guest=guest, recording=recording, ssh_config=ssh_config)
+    opened = open_host(host, recording, guest, ssh_config, shell=shell)
     try:
         yield opened
     finally:
@@ -46,6 +52,7 @@ def machine(host: str, guest: str, recording: str, ssh_config: str) -> Iterator[
 def check(
     host: HostOption = "",
     guest: GuestOption = "",
+    shell: ShellOption = "",
     recording: RecordingOption = "",
     ssh_config: SshConfigOption = "",
     security: Annotated[
@@ -69,7 +76,7 @@ def check(
     """
     if below and below.upper() not in Below.__members__:
         raise BadInput(f"{below!r} is nothing that can be below", hint="kvm, tcg, other, nothing")
-    with machine(host, guest, recording, ssh_config) as opened:
+    with machine(host, guest, recording, ssh_config, shell) as opened:
         facts = gather(opened)
         offer = opened.kvm() if live else None
     answer = what_is_below(facts)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from undervisor.cli.check import GuestOption, HostOption, SshConfigOption, machine
+from undervisor.cli.check import GuestOption, HostOption, ShellOption, SshConfigOption, machine
 from undervisor.host.access.recorder import RecordingHost
 from undervisor.host.checks.engine import examine
 from undervisor.host.facts.machine import gather
@@ -18,6 +18,7 @@ def record(
     folder: Annotated[str, typer.Argument(help="A new folder to write.")],
     host: HostOption = "",
     guest: GuestOption = "",
+    shell: ShellOption = "",
     ssh_config: SshConfigOption = "",
     live: Annotated[bool, typer.Option("--live", help="Also open /dev/kvm and ask it.")] = False,
     about: Annotated[str, typer.Option(help="A sentence about the machine.")] = "",
@@ -26,7 +27,7 @@ def record(
 
     Serial numbers, UUIDs, addresses, names and credentials are replaced; what was is listed.
     """
-    with machine(host, guest, "", ssh_config) as opened:
+    with machine(host, guest, "", ssh_config, shell) as opened:
         recorder = RecordingHost(opened)
         facts = gather(recorder)
         vmx_msrs(recorder, facts)

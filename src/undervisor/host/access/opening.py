@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from undervisor.errors import BadInput
 from undervisor.host.access.agent import AgentHost
 from undervisor.host.access.live import LiveHost
@@ -11,25 +13,47 @@ from undervisor.host.access.ssh import SshHost, ssh_command
 
 
 def open_host(
-    host: str = "", recording: str = "", guest: str = "", ssh_config: str = "", root: str = ""
+    host: str = "",
+    recording: str = "",
+    guest: str = "",
+    ssh_config: str = "",
+    root: str = "",
+    shell: str = "",
 ) -> Host:
-    """This machine, `user@name` over SSH, a recording, a libvirt guest or a root folder.
+    """This machine, `user@name` over SSH, a recording, a libvirt guest, a root folder, or what a
+    command leads to that gives a plain sh, such as `kubectl exec -i POD -- sh`.
 
     Raises BadInput where more than one is named or the one named can't be reached.
     """
-    if sum(map(bool, (host, recording, guest, root))) > 1:
-        raise BadInput("name one machine: a host, a guest, a recording or a root folder")
+    if sum(map(bool, (host, recording, guest, root, shell))) > 1:
+        raise BadInput("name one machine: a host, a guest, a shell, a recording or a root folder")
     if recording:
         return RecordedHost(recording)
     if host:
         remote = SshHost(host, ssh_command(host, ssh_config))
         _greet(remote)
         return remote
+    if shell:
+        words = _words(shell)
+        behind = SshHost(words[0], words)
+        _greet(behind)
+        return behind
     if guest:
         agent = AgentHost(guest)
         agent.greet()
         return agent
     return LiveHost(root or "/")
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command, which is started without a shell of ours."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise BadInput(f"the command {command!r} can't be understood: {error}") from error
+    if not words:
+        raise BadInput("the command is empty")
+    return words
 
 
 def _greet(remote: SshHost) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import selectors
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
@@ -52,7 +53,9 @@ class SshHost(ShellHost):
         fact = self.execute("uname -s", self._connect, 4096)
         if not isinstance(fact, Known):
             why = fact.why if isinstance(fact, Unknown) else str(fact)
-            raise BadInput(f"cannot work on {self.name}: {why}", hint=f"try: ssh {self.name} uname")
+            raise BadInput(
+                f"cannot work on {self.name}: {why}", hint=f"try: {shlex.join(self._command)}"
+            )
 
     def execute(self, script: str, timeout: float, limit: int) -> Fact[tuple[int, bytes, bytes]]:
         """Send one framed request and read its frame."""
