@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from undervisor.arch.x86.cpuid import BY_NAME, Vendor
 from undervisor.arch.x86.msr import MSRS, name_of
@@ -63,3 +65,7 @@ def _table(title: str, column: str, features: Mapping[str, str]) -> Iterator[str
     yield "|---|---|---|"
     for name, reason in features.items():
         yield f"| `{name}` | {manual_name(name)} | {reason} |"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page())
