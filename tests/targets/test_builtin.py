@@ -1,0 +1,122 @@
+"""The built-in target: an image, a byte stream, and how it ended."""
+
+import os
+import signal
+
+import pytest
+
+from undervisor.errors import BadInput, TimedOut
+from undervisor.guest.asm import assemble
+from undervisor.guest.elf_writer import write_elf
+from undervisor.guest.image import Image
+from undervisor.guest.placement import Segment
+from undervisor.guest.probe.client import Batch, Probe
+from undervisor.guest.probe.program import program
+from undervisor.targets import How, Job
+from undervisor.targets.builtin import BuiltinTarget
+
+BASE = 0x100000
+HEADER = ".code32\n.long 0x1badb002, 3, -(0x1badb002 + 3)\nstart:\n"
+PRINT = "mov $0x3f8, %dx; mov $65, %al; out %al, %dx; mov $10, %al; out %al, %dx;"
+MEMORY = 32 << 20
+
+
+def job(body, **more):
+    code = assemble(HEADER + body, BASE)
+    elf = write_elf([Segment(BASE, code.bytes, len(code))], code.labels["start"])
+    return Job(Image.parse(elf, "a test"), memory=MEMORY, **more)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return BuiltinTarget("amd")
+
+
+def test_a_guest_that_ends_its_run_gives_its_status(target):
+    with target.start(job(PRINT + "mov $0xf4, %dx; mov $4, %al; out %al, %dx")) as running:
+        assert running.receive(20) == b"A\n"
+        end = running.wait(20)
+    assert (end.how, end.status) == (How.FINISHED, 9)
+
+
+def test_a_guest_that_dies_leaves_its_registers(target):
+    with target.start(job("lidt none; ud2; none: .word 0; .long 0")) as running:
+        end = running.wait(20)
+    assert end.how is How.GUEST_DIED
+    assert "triple fault" in end.text
+    assert "rip " in end.report
+
+
+def test_a_guest_that_waits_for_what_cannot_come_is_idle(target):
+    with target.start(job("cli; 1: hlt; jmp 1b")) as running:
+        assert running.wait(20).how is How.IDLE
+
+
+def test_the_end_of_the_machine_is_the_end_of_the_stream(target):
+    with target.start(job("mov $0xf4, %dx; out %al, %dx")) as running:
+        with pytest.raises(EOFError):
+            running.receive(20)
+        assert running.wait(20).how is How.FINISHED
+
+
+def test_waiting_has_a_limit_and_the_machine_runs_on(target):
+    with target.start(job(PRINT + "1: jmp 1b")) as running:
+        with pytest.raises(TimedOut):
+            running.wait(0.3)
+        running.stop()
+        assert running.wait(20).how is How.STOPPED
+
+
+def test_a_crash_is_how_it_ended_and_nothing_else(target):
+    with target.start(job(PRINT + "1: jmp 1b")) as running:
+        assert running.receive(20) == b"A\n"
+        os.kill(running.pid, signal.SIGSEGV)
+        end = running.wait(20)
+    assert end.how is How.TARGET_DIED
+    assert "SIGSEGV" in end.text
+
+
+def test_leaving_early_ends_the_machine(target):
+    with target.start(job("1: jmp 1b")) as running:
+        pid = running.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_an_image_that_does_not_fit_is_refused_before_anything_starts(target):
+    with pytest.raises(BadInput, match="not in RAM"):
+        target.start(Job(job("nop").image, memory=1 << 20))
+
+
+def test_it_says_what_its_model_can_do():
+    assert BuiltinTarget("intel").abilities.vendors == {"vmx"}
+    assert BuiltinTarget("amd").abilities.vendors == {"svm"}
+    assert BuiltinTarget("amd,-svm").abilities.vendors == frozenset()
+
+
+@pytest.mark.parametrize("cpu", ["intel", "amd"])
+def test_the_probe_answers_on_it(cpu):
+    image = Image.parse(program().elf, "probe")
+    with BuiltinTarget(cpu).start(Job(image, 2, MEMORY)) as running:
+        probe = Probe(running, 20)
+        probe.wait_for_hello()
+        batch = Batch()
+        answer = batch.cpuid(0)
+        probe.run(batch)
+        assert answer.value is not None
+        assert probe.start_aps([1]) == 2
+
+
+def test_two_machines_run_at_the_same_time():
+    body = (
+        PRINT + "1: mov $0x3fd, %dx; in %dx, %al; test $1, %al; jz 1b; mov $0xf4, %dx; out %al, %dx"
+    )
+    with (
+        BuiltinTarget("amd").start(job(body)) as one,
+        BuiltinTarget("intel").start(job(body)) as two,
+    ):
+        assert one.receive(20) == two.receive(20) == b"A\n"
+        two.send(b"x")
+        assert two.wait(20).how is How.FINISHED
+        one.send(b"x")
+        assert one.wait(20).how is How.FINISHED
