@@ -185,6 +185,10 @@ class Vcpu:
     def load(self, vmcb: SiliconVmcb) -> None:
         """Make `vmcb` the running world; what VMLOAD loads is the caller's."""
         self.processor.load(vmcb)
+        self.watch_iret()
+
+    def watch_iret(self) -> None:
+        """Of a world just loaded: NMIs may be blocked until its next IRET."""
         if self.nmi_blocked:
             self.state.intercepts |= IRET_MASK
 

@@ -38,6 +38,7 @@ EXIT_SYSCALL = 0x3F0
 EXIT_SYSENTER = 0x3F1
 EXIT_BUDGET = 0x3F2
 EXIT_IOIO = 0x7B
+_EXIT_DOUBLE_FAULT = 0x48
 EXIT_XSETBV = 0x8D
 EXIT_LTR = 0x6D
 
@@ -307,6 +308,7 @@ declare void @tlb_flush(ptr)
 declare i64 @read_eflags(ptr)
 declare i32 @emu_stop(ptr)
 declare ptr @llvm.returnaddress(i32)
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 @cpu = global ptr null
 @env = global ptr null
@@ -334,7 +336,18 @@ define void @on_interrupt(ptr %uc, i32 %number, ptr %user) {{
   %env = load ptr, ptr @env
   call void @mend_error_code(ptr %env, i32 %number)
   %is_exception = icmp ult i32 %number, 256
-  br i1 %is_exception, label %native, label %exit
+  br i1 %is_exception, label %exception, label %exit
+
+; The emulator combines two exceptions into a double fault and looks at no intercept for it.
+exception:
+  %is_double_fault = icmp eq i32 %number, 8
+  br i1 %is_double_fault, label %double, label %native
+double:
+  %intercepts_at = getelementptr i8, ptr %env, i64 {Env.INTERCEPT_EXCEPTIONS.value}
+  %intercepts = load i32, ptr %intercepts_at
+  %double_bit = and i32 %intercepts, 256
+  %double_wanted = icmp ne i32 %double_bit, 0
+  br i1 %double_wanted, label %leave, label %native
 
 ; A delivery takes time like a few blocks: one whose handler cannot be fetched may never end.
 native:
@@ -348,7 +361,7 @@ exit:
 spent:
   br label %leave
 leave:
-  %code = phi i32 [ %real, %exit ], [ {EXIT_BUDGET}, %spent ]
+  %code = phi i32 [ %real, %exit ], [ {EXIT_BUDGET}, %spent ], [ {_EXIT_DOUBLE_FAULT}, %double ]
   call void @fetch(ptr %env)
   call void @charge()
   %action = call i32 @on_exit(i32 %code)
@@ -581,12 +594,72 @@ REDIRECTED = {
 }
 
 
+_CANONICAL = (V.ES_BASE, V.CS_BASE, V.SS_BASE, V.DS_BASE, V.GDTR_BASE, V.IDTR_BASE)
+_DR6_ONES, _DR6_WRITABLE = 0xFFFF_0FF0, 0xE00F
+_DR7_ONES, _DR7_WRITABLE = 0x400, 0xFFFF_23FF
+_RFLAGS_ONES, _RFLAGS_DEFINED = 0x2, 0x3F_7FD7
+
+
+def _enter_svm() -> str:
+    """VMRUN as a whole: the host's state away, the guest's from its VMCB into ours and loaded.
+
+    `%guest` is the VMCB of L1's hypervisor, `%vmcb` ours.
+    """
+    body = _Body()
+    body.lines.append("  call void @save_world(ptr %env, ptr %host)")
+    size = V.CR2 + 8 - V.ES_SELECTOR
+    to = body.value(f"getelementptr i8, ptr %vmcb, i64 {V.ES_SELECTOR.value}")
+    come = body.value(f"getelementptr i8, ptr %guest, i64 {V.ES_SELECTOR.value}")
+    copy = f"call void @llvm.memcpy.p0.p0.i64(ptr {to}, ptr {come}, i64 {size}, i1 false)"
+    body.lines.append(f"  {copy}")
+    for base in _CANONICAL:
+        high = body.value(f"shl i64 {body.load('%vmcb', base, 64)}, 16")
+        body.store("%vmcb", base, 64, body.value(f"ashr i64 {high}, 16"))
+    for field, kept, ones in (
+        (V.DR6, _DR6_WRITABLE, _DR6_ONES),
+        (V.DR7, _DR7_WRITABLE, _DR7_ONES),
+        (V.RFLAGS, _RFLAGS_DEFINED, _RFLAGS_ONES),
+    ):
+        value = body.both("and", body.load("%vmcb", field, 64), str(kept), 64)
+        body.store("%vmcb", field, 64, body.both("or", value, str(ones), 64))
+    cr0, efer = body.load("%vmcb", V.CR0, 64), body.load("%vmcb", V.EFER, 64)
+    active = body.both("and", body.bit(cr0, 64, 31), body.bit(efer, 64, 8))
+    lma = body.value(f"shl i64 {body.widen(active, 32, 64)}, 10")
+    body.store("%vmcb", V.EFER, 64, body.both("or", body.both("and", efer, "-1025", 64), lma, 64))
+    virtual = body.bit(body.load("%vmcb", V.RFLAGS, 64), 64, 17)
+    cpl = body.both("or", body.widen(body.load("%vmcb", V.CPL, 8), 8, 32), f"{virtual}")
+    cpl = body.both("or", cpl, body.value(f"shl i32 {virtual}, 1"))
+    cpl = body.both("mul", cpl, body.bit(cr0, 64, 0))
+    body.store("%vmcb", V.CPL, 8, body.narrow(cpl, 32, 8))
+    shadow = body.both("and", body.load("%guest", V.INTERRUPT_SHADOW, 64), "1", 64)
+    body.store("%vmcb", V.INTERRUPT_SHADOW, 64, shadow)
+    body.lines.append("  call void @load_world(ptr %cpu, ptr %env, ptr %vmcb, i64 %hpa)")
+    arguments = "ptr %cpu, ptr %env, ptr %host, ptr %guest, ptr %vmcb, i64 %hpa"
+    return body.function(f"@enter_svm({arguments})")
+
+
+def _leave_svm() -> str:
+    """#VMEXIT as a whole: the guest's state into its VMCB, the host's loaded.
+
+    CR2 and DR6 stay as they are; breakpoints are off.
+    """
+    body = _Body()
+    body.lines.append("  call void @save_world(ptr %env, ptr %guest)")
+    body.store("%host", V.CR2, 64, body.load("%env", Env.CR2, 64))
+    body.store("%host", V.DR6, 64, body.load("%env", Env.DR6, 64))
+    body.store("%host", V.DR7, 64, str(_DR7_ONES))
+    body.lines.append("  call void @load_world(ptr %cpu, ptr %env, ptr %host, i64 %hpa)")
+    return body.function("@leave_svm(ptr %cpu, ptr %env, ptr %guest, ptr %host, i64 %hpa)")
+
+
 def source() -> str:
     """The whole module as LLVM IR."""
     stand_ins = [_redirect(f"leave_{name}", *row) for name, row in REDIRECTED.items()]
     worlds = [
         _load_world(),
         _save_world(),
+        _enter_svm(),
+        _leave_svm(),
         _load_extra("load_extra", _SYSCALL + _SYSENTER),
         _save_extra("save_extra", _SYSCALL + _SYSENTER),
         _load_extra("load_vmx_extra", _SYSENTER),

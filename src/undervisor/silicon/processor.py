@@ -128,6 +128,8 @@ class Processor:
 
         self._load_world = native("load_world", pointer, pointer, pointer, long)
         self._save_world = native("save_world", pointer, pointer)
+        self._enter_svm = native("enter_svm", *[pointer] * 5, long)
+        self._leave_svm = native("leave_svm", *[pointer] * 4, long)
         self._load_extra = native("load_extra", pointer, pointer)
         self._save_extra = native("save_extra", pointer, pointer)
         self._load_vmx = native("load_vmx", pointer, pointer, pointer, long)
@@ -244,6 +246,17 @@ class Processor:
     def save(self, vmcb: SiliconVmcb) -> None:
         """#VMEXIT's saving half: the running state to the VMCB."""
         self._save_world(self._env, vmcb.pointer)
+
+    def enter_svm(self, host: SiliconVmcb, guest: SiliconVmcb, vmcb: SiliconVmcb) -> None:
+        """VMRUN: save to `host`, take the guest state of `guest` into `vmcb`, load that.
+
+        Made canonical, free of reserved bits and with the EFER.LMA and CPL that follow.
+        """
+        self._enter_svm(self._cpu, self._env, host.pointer, guest.pointer, vmcb.pointer, vmcb.hpa)
+
+    def leave_svm(self, guest: SiliconVmcb, host: SiliconVmcb) -> None:
+        """#VMEXIT: save to `guest`, load `host` with CR2 and DR6 as they are, breakpoints off."""
+        self._leave_svm(self._cpu, self._env, guest.pointer, host.pointer, host.hpa)
 
     def load_extra(self, vmcb: SiliconVmcb) -> None:
         """What VMLOAD loads: FS, GS, TR, LDTR, KernelGsBase, STAR.., SYSENTER.. ."""

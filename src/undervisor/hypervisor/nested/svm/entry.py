@@ -12,11 +12,9 @@ from undervisor.arch.svm.vmcb import LbrControl, NestedControl
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import EventType, Vector
 from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.paging import sign_extend
 from undervisor.arch.x86.registers import (
     DR6_FIXED_ONE,
     DR7_FIXED_ONE,
-    RFLAGS_FIXED_ONE,
     Cr0,
     Efer,
     Rflags,
@@ -60,10 +58,10 @@ _SOFTWARE: Final = (Vector.BP, Vector.OF)
 
 def enter(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict:
     """Enter L2 from a VMCB that breaks no rule; `length` is VMRUN's."""
-    save_host(vcpu, svm, length)
+    leave_vmrun(vcpu, svm, length)
     svm.vmcb12 = vmcb12
     _load_controls(vcpu, svm, vmcb12)
-    _load_guest(vcpu, svm, vmcb12)
+    _load_guest(vcpu, vmcb12)
     svm.reason = "VMRUN"
     action = _inject(vcpu, svm, vmcb12)
     vcpu.attention = _something_waits(vcpu, svm)
@@ -89,15 +87,14 @@ def _behind(vcpu: Vcpu, length: int) -> int:
     return state.q[_RIP_NOW] + length & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
 
 
-def save_host(vcpu: Vcpu, svm: SvmState, length: int) -> None:
-    """What VMRUN puts into the host save area; ours is vmcb01."""
+def leave_vmrun(vcpu: Vcpu, svm: SvmState, length: int) -> None:
+    """The host's state as VMRUN saves it: behind the instruction, RFLAGS.RF clear."""
     state = vcpu.state
     live = state.q
     live[_RIP_NOW] = _behind(vcpu, length)
     state.end_interrupt_shadow()
     live[_RFLAGS_NOW] &= _NOT_RF
     svm.host_interrupts = bool(live[_RFLAGS_NOW] & _IF)
-    vcpu.processor.save(vcpu.vmcb01)
 
 
 def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
@@ -121,26 +118,12 @@ def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
         vcpu.vmcb02.q[_N_CR3] = vcpu.machine.npt01.root
 
 
-def _load_guest(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
-    """Guest state as VMRUN loads it; what VMLOAD loads stays as it is."""
+def _load_guest(vcpu: Vcpu, vmcb12: SiliconVmcb) -> None:
+    """Host state to vmcb01, guest state loaded; what VMLOAD loads stays as it is."""
     vmcb02 = vcpu.vmcb02
-    vmcb02.b[_SAVE:_SAVE_END] = vmcb12.b[_SAVE:_SAVE_END]
-    q = vmcb02.q
-    if (q[_ES] | q[_CS] | q[_SS] | q[_DS] | q[_GDTR] | q[_IDTR]) >> 47:
-        for field in _BASES:
-            q[field] = sign_extend(q[field])
-    efer, cr0, rflags = q[_EFER], q[_CR0], q[_RFLAGS]
-    q[_EFER] = efer | _LMA if efer & _LME and cr0 & _PG else efer & ~_LMA
-    q[_RFLAGS] = rflags & _RFLAGS_DEFINED | RFLAGS_FIXED_ONE
-    q[_DR6] = q[_DR6] & _DR6_WRITABLE | _DR6_ONES
-    q[_DR7] = q[_DR7] & _DR7_WRITABLE | _DR7_ONES
-    if not cr0 & _PE:
-        vmcb02.b[_CPL] = 0
-    elif rflags & _VM:
-        vmcb02.b[_CPL] = 3
-    q[_SHADOW] = vmcb12.q[_SHADOW] & 1
     vcpu.in_l2, vcpu.vmcb, vcpu.gif = True, vmcb02, True
-    vcpu.load(vmcb02)
+    vcpu.processor.enter_svm(vcpu.vmcb01, vmcb12, vmcb02)
+    vcpu.watch_iret()
 
 
 def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:

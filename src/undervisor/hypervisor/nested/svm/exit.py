@@ -49,7 +49,7 @@ def leave(
     """End L2's run with an exit that L1 sees."""
     vmcb12 = svm.vmcb12
     assert vmcb12 is not None, "L2 runs"
-    vcpu.processor.save(vmcb12)
+    _load_host(vcpu, vmcb12)
     write_information(vmcb12, code, info1, info2, event)
     vmcb12.q[_NRIP] = next_rip
     vmcb12.b[_FETCHED] = len(fetched)
@@ -59,7 +59,6 @@ def leave(
     if svm.nested_paging:
         vmcb12.q[_G_PAT] = vcpu.msrs[_PAT]
         vcpu.msrs[_PAT] = svm.host_pat
-    _load_host(vcpu)
     svm.reason = _REASONS[code]
     return host_goes_on(vcpu)
 
@@ -79,16 +78,14 @@ def write_information(vmcb: SiliconVmcb, code: int, info1: int, info2: int, even
     q[_EVENTINJ] = 0
 
 
-def _load_host(vcpu: Vcpu) -> None:
-    """The state that VMRUN saved; CR2 and DR6 stay, breakpoints are off, GIF is clear.
+def _load_host(vcpu: Vcpu, vmcb12: SiliconVmcb) -> None:
+    """Guest state to vmcb12, and the state that VMRUN saved; GIF is clear.
 
     VMRUN runs at CPL 0 in protected mode, so that CPL, CR0.PE and RFLAGS.VM are as they must be.
     """
-    host, live = vcpu.vmcb01, vcpu.state.q
-    q = host.q
-    q[_CR2], q[_DR6], q[_DR7] = live[_CR2_NOW], live[_DR6_NOW], _BREAKPOINTS_OFF
-    vcpu.in_l2, vcpu.vmcb = False, host
+    vcpu.in_l2, vcpu.vmcb = False, vcpu.vmcb01
     vcpu.gif = False
     vcpu.activity = Activity.ACTIVE
-    vcpu.load(host)
+    vcpu.processor.leave_svm(vmcb12, vcpu.vmcb01)
+    vcpu.watch_iret()
     vcpu.processor.request_window(False)
