@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -11,8 +12,11 @@ import pytest
 
 from undervisor.errors import BadInput
 from undervisor.host.access.live import LiveHost
+from undervisor.host.access.recorder import RecordingHost
+from undervisor.host.access.shell import ShellHost
 from undervisor.host.access.ssh import SshHost, ssh_command
 from undervisor.host.fact import Absent, Known, Unknown
+from undervisor.host.facts.machine import gather
 
 
 @pytest.fixture
@@ -47,6 +51,31 @@ def test_missing_things_are_absent(shell):
 def test_status_and_both_outputs_arrive(shell):
     output = shell.run(["sh", "-c", "printf 'a\\n\\n'; printf b >&2; exit 4"]).value
     assert (output.status, output.stdout, output.stderr) == (4, "a\n\n", "b")
+
+
+class Liar(ShellHost):
+    """A machine that answers every question with the same bytes."""
+
+    def __init__(self, raw):
+        self.name, self.raw = "liar", raw
+
+    def execute(self, script, timeout, limit):
+        return Known((0, self.raw[:limit], b""), "liar")
+
+
+def test_names_that_are_none_are_left_out():
+    liar = Liar(b"../../etc/x.conf\n.\n..\n/etc\na\0b\nreal.conf\n" + b"x" * 300 + b"\n")
+    assert liar.listdir("/etc/modprobe.d").value == ("real.conf",)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_machine_that_lies_about_everything_is_recorded_inside_the_folder(tmp_path, seed):
+    rng = random.Random(seed)
+    words = [b"../../../x.conf\n", b"\0", b"a/b\n", b"kvm_intel\n", b"6.1.0\n", rng.randbytes(300)]
+    liar = RecordingHost(Liar(b"".join(rng.choices(words, k=6))))
+    gather(liar)
+    liar.write(str(tmp_path / "m"))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_file_over_the_limit_is_unknown(shell, tmp_path):

@@ -74,7 +74,8 @@ class ShellHost(Host):
     def listdir(self, path: str) -> Fact[tuple[str, ...]]:
         """Through `ls -1A`; names with a newline in them are not told apart."""
         fact = self._ask(f"ls -1A {shlex.quote(path + '/.')}", path)
-        return then(fact, lambda raw: tuple(sorted(raw.decode("utf-8", "replace").splitlines())))
+        names = then(fact, lambda raw: raw.decode("utf-8", "replace").splitlines())
+        return then(names, lambda lines: tuple(sorted(filter(_is_name, lines))))
 
     def stat(self, path: str) -> Fact[Stat]:
         """Through `stat -L -c`, which GNU and BusyBox have."""
@@ -156,6 +157,11 @@ def _missing(words: str, source: str) -> Missing:
             return from_errno(getattr(errno, name), source)
     first = words.strip().splitlines()[:1]
     return Unknown(source, first[0][:200] if first else "failed without a word")
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` can be a name in a folder: a machine may answer with anything."""
+    return text not in ("", ".", "..") and not set(text) & {"/", "\0"} and len(text) < 256
 
 
 def _exactly(raw: bytes, size: int) -> bytes:
