@@ -1,12 +1,12 @@
 """What `undervisor bench` measures, each thing once.
 
-Rounds are timed by the wall clock and by this process's CPU time.  Ratios of two things of this
-process are of CPU time, which other programs on the machine disturb least; against another program
-both sides are by the wall clock.
+Rounds are timed by the wall clock and by the process's CPU time.  Ratios are of CPU time, which
+other programs on the machine disturb least.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -140,8 +140,8 @@ def work_loop(kind: str, count: int, rounds: int, vendor: str = "") -> Loop:
     return Loop({"compute": COMPUTE, "memory": MEMORY}[kind], count, rounds, vendor)
 
 
-def on_qemu(loop: Loop) -> float | None:
-    """Seconds of a round on QEMU's TCG, by the wall clock; None where QEMU is not installed."""
+def on_qemu(loop: Loop) -> Rounds | None:
+    """A loop on QEMU's TCG; None where QEMU is not installed."""
     program = shutil.which(QEMU)
     if not program:
         return None
@@ -154,11 +154,11 @@ def on_qemu(loop: Loop) -> float | None:
         stamps, status = _stamps_of(command)
     if status != 1 or len(stamps) != loop.rounds + 1:
         raise GuestDied(f"the measured loop did not end well on QEMU: status {status}")
-    return _rounds(stamps).wall
+    return _rounds(stamps)
 
 
 def _stamps_of(command: list[str]) -> tuple[list[Stamp], int]:
-    """When each newline came out of a program, and its exit status."""
+    """When each newline came out of a program, with its CPU time then, and its exit status."""
     stamps: list[Stamp] = []
     with subprocess.Popen(
         command,
@@ -170,10 +170,19 @@ def _stamps_of(command: list[str]) -> tuple[list[Stamp], int]:
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline and (piece := os.read(process.stdout.fileno(), 1)):
             if piece == b"\n":
-                stamps.append(_now())
+                stamps.append((time.perf_counter(), _cpu_time(process.pid)))
         if time.monotonic() >= deadline:
             process.kill()
     return stamps, process.returncode
+
+
+def _cpu_time(pid: int) -> float:
+    """Seconds that all threads of a process have run, to the nanosecond."""
+    spent = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended
+            spent += int((task / "schedstat").read_text().split()[0])
+    return spent / 1e9
 
 
 # -- whole processes ---------------------------------------------------------------------------
