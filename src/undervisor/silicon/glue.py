@@ -390,6 +390,11 @@ define void @delivered(ptr %env) {{
   store i32 0, ptr %is_int
   %old = getelementptr i8, ptr %env, i64 {Env.OLD_EXCEPTION.value}
   store i32 -1, ptr %old
+; The shadow of STI or MOV SS ends with the delivery of an event.
+  %flags_at = getelementptr i8, ptr %env, i64 {Env.HFLAGS.value}
+  %flags = load i32, ptr %flags_at
+  %open = and i32 %flags, {~(1 << Hflags.INTERRUPT_SHADOW)}
+  store i32 %open, ptr %flags_at
   ret void
 }}
 

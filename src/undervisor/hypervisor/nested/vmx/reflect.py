@@ -364,6 +364,8 @@ def leave_for(vcpu: Vcpu, nested: NestedVmx, fault: Fault) -> Verdict:
         qualification = vcpu.take_back_debug() | events.take_pending(nested)
     else:
         vcpu.state.q[17] |= Rflags.rf
+    if fault.vector == Vector.DF:  # not "during event delivery": it took the first event's place
+        vcpu.exit.event = 0
     return leave(
         vcpu,
         nested,
@@ -388,12 +390,12 @@ def software_interrupt(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict:
     return Switched(vcpu.processor.inject_software(number, decoded.len))
 
 
-def icebp(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
+def icebp(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict:
     """INT1: a privileged software exception."""
+    length = decode.instruction(vcpu).len
     if not nested.fields[F.EXCEPTION_BITMAP] >> Vector.DB & 1:
-        return None
+        return Switched(vcpu.processor.inject_software(Vector.DB, length, _PRIVILEGED))
     interruption = Vector.DB | _PRIVILEGED << 8 | VALID
-    length = decode.length(vcpu)
     return leave(vcpu, nested, R.EXCEPTION_OR_NMI, length=length, interruption=interruption)
 
 
@@ -442,6 +444,8 @@ def undefined(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
         return _vmx_instruction(vcpu, nested, decoded, reason)
     if decoded.code == Code.VMFUNC:
         return nested.vmfunc(vcpu, decoded)
+    if decoded.code == Code.INT1:
+        return icebp(vcpu, nested, exit)
     random = _RANDOM.get(decoded.mnemonic)
     if random is not None and nested.secondary & random[0] and vcpu.has(decoded_name(decoded)):
         extra = information.random_instruction(decoded)
