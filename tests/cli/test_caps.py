@@ -196,3 +196,11 @@ def test_a_device_that_is_not_kvm_is_refused(monkeypatch, tmp_path):
         capability_sources.from_kvm(str(device))
     with pytest.raises(BadInput):
         capability_sources.from_kvm(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("model", ["intel-haswell", "amd"])
+def test_a_guest_of_the_built_in_l0_reads_what_its_cpu_model_says(capsys, model):
+    code, output = run(capsys, "diff", f"cpu:{model}", f"probe:{model}")
+    assert code == 0, output.out
+    assert "no difference" in output.out
+    assert "not compared" not in output.out

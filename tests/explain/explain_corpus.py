@@ -129,6 +129,14 @@ CORPUS["kvm-6-two-vcpus.txt"] = (
     ),
     found(KVM, "vmx.guest.ldtr.ti"),
 )
+EFFECTIVE = [
+    line + " (effective)" if line.startswith("EFER=") else line
+    for line in kvm_vmcs(vmx({F.GUEST_EFER: 0, F.ENTRY_CONTROLS: 0x53FF, F.GUEST_DR7: 1 << 32}), 6)
+]
+CORPUS["kvm-6-efer-not-in-the-vmcs.txt"] = (
+    dmesg(EFFECTIVE),
+    found(KVM, "vmx.guest.dr7"),
+)
 CORPUS["kvm-6-cut-off.txt"] = (
     dmesg(kvm_vmcs(vmx({F.GUEST_RFLAGS: 0x244}), 6))[:14],
     found(KVM, "vmx.guest.rflags.bit-1"),
@@ -283,6 +291,36 @@ CORPUS["qemu-delivery-event.txt"] = (
         code="<f4> 90 90 90 90 90",
     ),
     found(QEMU, observations=["kvm.suberror-3"]),
+)
+
+CORPUS["qemu-32-bit.txt"] = (
+    [
+        "KVM: entry failed, hardware error 0x80000021",
+        "EAX=00000000 EBX=00000000 ECX=00000000 EDX=00000663",
+        "ESI=00000000 EDI=00000000 EBP=00000000 ESP=00000000",
+        "EIP=0000e05b EFL=00010002 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=0",
+        *(f"{r} =0000 00000000 0000ffff 00009300" for r in ("ES", "SS", "DS", "FS", "GS")),
+        "CS =f000 000f0000 0000ffff 00009b00",
+        "LDT=0000 00000000 0000ffff 00008200",
+        "TR =0000 00000000 0000ffff 00008100",
+        "GDT=     00000000 0001ffff",
+        "IDT=     00000000 0000ffff",
+        "CR0=60000010 CR2=00000000 CR3=00000000 CR4=00000000",
+        "DR0=0000000000000000 DR1=0000000000000000 DR2=0000000000000000 DR3=0000000000000000 ",
+        "DR6=00000000ffff0ff0 DR7=0000000000000400",
+        "EFER=0000000000000000",
+        "Code=90 90 <2e> 66 83 3e 90 6f 00 0f 85 42 ff 31 d2 8e d2 66 bc 00 70 00 00 66 ba 09 2f",
+    ],
+    found(QEMU, "vmx.guest.tr.type", "vmx.guest.gdtr.limit"),
+)
+CORPUS["qemu-with-dmesg.txt"] = (
+    [
+        "KVM: entry failed, hardware error 0x80000021",
+        "RIP=0000000000001000 RFL=00000000 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=0",
+        "",
+        *dmesg(kvm_vmcs(vmx({F.GUEST_RFLAGS: 0}), 6)),
+    ],
+    found(KVM, "vmx.guest.rflags.bit-1"),
 )
 
 # --- Bochs, VirtualBox ----------------------------------------------------------------------------

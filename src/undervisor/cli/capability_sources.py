@@ -4,6 +4,7 @@ A source is a word:
   here          this machine: its msr devices, or else /dev/kvm
   msr, kvm      just the one or the other
   cpu:MODEL     a CPU model of the built-in L0
+  probe:MODEL   what a guest reads there: the probe, run on the built-in L0 with that model
   user@host     another machine, over SSH
   480=..,48b=.. MSRs written out; phys=39 and linear=48 are address widths
   anything else a file or a recording's folder
@@ -23,6 +24,8 @@ from collections.abc import Iterator
 from undervisor.arch.vmx.capabilities import VmxMsr
 from undervisor.errors import BadInput
 from undervisor.explain.capabilities import MOST, MSRS, CapabilitySet, load, msr_index
+from undervisor.guest.probe.batch import BatchCore
+from undervisor.guest.probe.l1 import Runner
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host
 from undervisor.host.fact import Known
@@ -48,6 +51,8 @@ def read_source(word: str, ssh_config: str = "") -> CapabilitySet:
         return from_kvm()
     if word.startswith("cpu:"):
         return from_model(word.removeprefix("cpu:"))
+    if word.startswith("probe:"):
+        return from_builtin(word.removeprefix("probe:"))
     inline = _inline(word)
     if inline is not None:
         return inline
@@ -250,4 +255,50 @@ def from_model(spec: str) -> CapabilitySet:
         found.svm = (answer.eax, answer.ebx, answer.ecx, answer.edx)
     if not found.vendor:
         raise BadInput(f"the model {spec} has neither VMX nor SVM")
+    return found
+
+
+# --- Inside a target ------------------------------------------------------------------------------
+
+PROBE_MEMORY = 64 << 20
+PROBE_SECONDS = 30.0
+
+
+def from_builtin(spec: str) -> CapabilitySet:
+    """What the probe reads as a guest of the built-in L0."""
+    from undervisor.guest.image import Image
+    from undervisor.guest.probe.client import Probe
+    from undervisor.guest.probe.program import program
+    from undervisor.targets import Job
+    from undervisor.targets.builtin import BuiltinTarget
+
+    target = BuiltinTarget(spec)
+    job = Job(Image.parse(program().elf, "probe"), memory=PROBE_MEMORY)
+    with target.start(job) as running:
+        probe = Probe(running, PROBE_SECONDS)
+        probe.wait_for_hello()
+        return from_probe(probe, f"probe:{spec}")
+
+
+def from_probe(probe: Runner, name: str) -> CapabilitySet:
+    """What a running probe reads on its processor, on whatever target it runs."""
+    batch = BatchCore()
+    leaves = {n: batch.cpuid(n) for n in (0x8000_0000, 0x8000_0001, _WIDTHS_LEAF, _SVM_LEAF)}
+    msrs = {index: batch.rdmsr(index) for index in sorted(MSRS)}
+    probe.run(batch)
+    found = CapabilitySet(name)
+    # A fault is an MSR that the processor does not have.
+    values = {index: one.outcome for index, one in msrs.items() if isinstance(one.outcome, int)}
+    if VmxMsr.IA32_VMX_BASIC in values:
+        found.cpus = [values]
+    top, extended, widths, svm = (leaf.value for leaf in leaves.values())
+    highest = top["rax"] & 0xFFFF_FFFF
+    if highest >= _WIDTHS_LEAF:
+        found.physical_width = widths["rax"] & 0xFF
+        found.linear_width = widths["rax"] >> 8 & 0xFF
+    if not found.cpus and highest >= _SVM_LEAF and extended["rcx"] >> 2 & 1:
+        eax, ebx, ecx, edx = (svm[r] & 0xFFFF_FFFF for r in ("rax", "rbx", "rcx", "rdx"))
+        found.svm = (eax, ebx, ecx, edx)
+    if not found.vendor:
+        raise BadInput(f"{name}: a guest there sees neither VMX nor SVM")
     return found
