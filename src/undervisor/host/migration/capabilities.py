@@ -29,12 +29,13 @@ _NAMES: dict[str, dict[int, str]] = {
         2: "exit-nosave-debugctl", 12: "exit-load-perf-global-ctrl", 15: "exit-ack-intr",
         18: "exit-save-pat", 19: "exit-load-pat", 20: "exit-save-efer", 21: "exit-load-efer",
         22: "exit-save-preemption-timer", 23: "exit-clear-bndcfgs", 25: "exit-clear-rtit-ctl",
-        29: "exit-load-pkrs",
+        28: "exit-save-cet", 29: "exit-load-pkrs", 31: "exit-secondary-ctls",
     },
     "entry": {
         2: "entry-noload-debugctl", 9: "entry-ia32e-mode", 13: "entry-load-perf-global-ctrl",
         14: "entry-load-pat", 15: "entry-load-efer", 16: "entry-load-bndcfgs",
-        18: "entry-load-rtit-ctl", 22: "entry-load-pkrs",
+        18: "entry-load-rtit-ctl", 20: "entry-load-cet", 22: "entry-load-pkrs",
+        23: "entry-load-fred",
     },
 }  # fmt: skip
 
