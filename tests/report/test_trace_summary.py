@@ -73,7 +73,9 @@ def test_the_table_gives_what_one_exit_cost():
 
 def test_a_long_table_says_that_it_goes_on():
     many = {(0, 1, 1, f"R{n}"): Cell() for n in range(40)}
-    assert "and 10 more rows" in printed(table(run(many)))
+    text = printed(table(run(many | {(0, 2, 1, "RARE"): Cell(99)})))
+    assert "11 more rows" in text
+    assert "RARE" in text  # the frequent ones stay, whatever their level
 
 
 def test_the_document_is_json_with_the_same_numbers():

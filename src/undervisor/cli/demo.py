@@ -15,6 +15,7 @@ from undervisor.errors import ExitCode, UndervisorError
 
 PASSED: Final = 1  # (0 << 1) | 1: the example wrote 0 to the debug exit port
 LIMIT: Final = 60.0
+ROWS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +71,5 @@ def _work(example: Example, cpus: int) -> int:
     name = f"{example.vendor}.elf"
     data = (resources.files("undervisor") / "data" / "examples" / name).read_bytes()
     job = Job(Image.parse(data, name), cpus)
-    wishes = session.Wishes(cpu=example.cpu, timeout=LIMIT, summary_to_stdout=True)
+    wishes = session.Wishes(cpu=example.cpu, timeout=LIMIT, summary_to_stdout=True, rows=ROWS)
     return session.exit_code(session.show(job, wishes))

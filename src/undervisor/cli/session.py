@@ -47,6 +47,7 @@ class Wishes:
     timeline: str = ""
     summary: bool = True
     summary_to_stdout: bool = False
+    rows: int = 30
 
 
 @dataclass(slots=True)
@@ -201,7 +202,7 @@ def _print_summary(run: summary.Run, wishes: Wishes) -> None:
         console.width = max(console.width, 100)
     console.print()
     console.print(summary.tree(run))
-    console.print(summary.table(run))
+    console.print(summary.table(run, wishes.rows))
     console.print(summary.sentence(run))
 
 

@@ -15,6 +15,8 @@ from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.x86.events import Fault, Vector
 from undervisor.hypervisor import words
 from undervisor.hypervisor.machine import BLOCK_NS, EXIT_NS
+from undervisor.hypervisor.nested.svm import NestedSvm
+from undervisor.hypervisor.nested.vmx import NestedVmx
 from undervisor.hypervisor.trace import Transition
 from undervisor.hypervisor.verdict import Halt, Inject, Resume, Stop, Switched, Verdict, Yield
 from undervisor.silicon import glue
@@ -69,7 +71,7 @@ class Recorder:
         reflected = level == 2 and to == 1
         if reflected and nested:
             reason = nested
-        why = _why(vcpu, level, to, verdict, exit.code)
+        why = _why(vcpu, level, to, exit.code)
         action = _action(level, to, verdict)
         self._sink(Transition(now, vcpu.index, level, to, reason, rip, action, why, detail, ran))
 
@@ -113,7 +115,7 @@ _SWITCHES: Final = {
 }
 
 
-def _why(vcpu: Vcpu, level: int, to: int, verdict: Verdict, code: int) -> str:
+def _why(vcpu: Vcpu, level: int, to: int, code: int) -> str:
     """Why it did that; "" where there is nothing to say."""
     nested = vcpu.nested.reason
     if level == 2:
@@ -122,11 +124,24 @@ def _why(vcpu: Vcpu, level: int, to: int, verdict: Verdict, code: int) -> str:
         return "" if code in _OWN else "L1 does not intercept it"
     if to == 2:
         return "L1 entered its guest"
-    failed = nested.startswith(("VMfail", "VM-entry", "#VMEXIT(INVALID)"))
-    switching = isinstance(verdict, Switched) or (isinstance(verdict, Resume) and failed)
-    return nested if failed and switching and code in _ENTRIES else ""
+    if code in _ENTRIES and nested.startswith(("VMfail", "VM-entry", "#VMEXIT(INVALID)")):
+        rules = _broken(vcpu)
+        return f"{nested}: {rules}" if rules else nested
+    return ""
 
 
+def _broken(vcpu: Vcpu) -> str:
+    """The rules that the entry broke which just failed; "" where the reason says it already."""
+    extension = vcpu.nested
+    if isinstance(extension, NestedSvm):
+        verdict = extension.state.broken
+        return "; ".join(map(str, verdict.broken)) if verdict else ""
+    if isinstance(extension, NestedVmx) and extension.reason.startswith(_FAILED_CHECKS):
+        return str(extension.failure.violation) if extension.failure else ""
+    return ""
+
+
+_FAILED_CHECKS: Final = ("VMfailValid(7)", "VMfailValid(8)")
 _ENTRIES: Final = frozenset({ExitCode.EXCP_UD, ExitCode.VMRUN})
 
 

@@ -137,11 +137,16 @@ def table(run: Run, most: int = 30) -> Table:
     for name in ("exits", "host µs each", "host ms"):
         found.add_column(name, justify="right")
     rows = run.rows()
-    for level, reason, kind, count, spent in rows[:most]:
+    if len(rows) > most:  # the most frequent ones, in their order
+        kept = sorted(rows, key=lambda row: -row[3])[:most]
+        shown = [row for row in rows if row in kept]
+    else:
+        shown = rows
+    for level, reason, kind, count, spent in shown:
         each, total = spent / count / 1e3, spent / 1e6
         found.add_row(f"L{level}", reason, kind.value, f"{count:,}", f"{each:.1f}", f"{total:.2f}")
     if len(rows) > most:
-        found.caption = f"and {len(rows) - most} more rows; --json shows all"
+        found.caption = f"the {most} most frequent; {len(rows) - most} more rows with --json"
     return found
 
 
