@@ -57,6 +57,7 @@ EXIT_NS: Final = 1000
 SLICE_BLOCKS: Final = 20_000
 LONGEST_SLICE: Final = 2_000_000
 _FOREVER: Final = 1 << 62
+_EXITS_BETWEEN_LOOKS: Final = 61  # at the host's clock; a prime, as guests' exits come in rhythms
 
 ROM: Final = ((0xC0000, 0x100000),)
 
@@ -233,6 +234,8 @@ class Machine:
             self._judge_step(vcpu, exit, action)
         elif action == RUN_ON and self._nothing_new(vcpu):
             return RUN_ON
+        if not self._exits % _EXITS_BETWEEN_LOOKS:  # what sets new budgets may never use one up
+            self.check_wall_clock()
         if self._outcome is not None:
             return self._suspend(action)
         if action == RUN_ON:
