@@ -15,7 +15,7 @@ _EVENTINJ = VmcbField.EVENTINJ >> 3
 _VALID = 1 << 31
 
 # Exit codes that can interrupt the delivery of an event.
-_DURING_DELIVERY = frozenset(
+DURING_DELIVERY = frozenset(
     {*range(ExitCode.EXCP_DE, ExitCode.EXCP_DE + 32), ExitCode.NPF, ExitCode.SHUTDOWN}
     - {ExitCode.EXCP_UD}  # no delivery raises it
 )
@@ -35,16 +35,14 @@ class Exit:
         self.code = 0
         self.event = 0
 
-    def take(self, code: int) -> None:
-        """Begin to handle an exit."""
-        self.code = code
-        self.event = 0
-        if code in _DURING_DELIVERY:
-            q = self.vcpu.vmcb.q
-            event = q[_EVENTINJ]
-            if event & _VALID:
-                self.event = event
-                q[_EVENTINJ] = 0
+    def take_event(self) -> int:
+        """What this exit interrupted: the silicon leaves it in the running VMCB."""
+        q = self.vcpu.vmcb.q
+        event = q[_EVENTINJ]
+        if not event & _VALID:
+            return 0
+        q[_EVENTINJ] = 0
+        return event
 
     @property
     def info1(self) -> int:

@@ -20,7 +20,7 @@ from undervisor.hypervisor import decode, events, intercepts
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun
 from undervisor.hypervisor.devices.serial import Input
-from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.exit import DURING_DELIVERY, Exit
 from undervisor.hypervisor.exits import EXITS
 from undervisor.hypervisor.models import CpuModel
 from undervisor.hypervisor.models.leaves import CpuidState
@@ -104,10 +104,11 @@ class Machine:
         self._armings = 0
         self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
+        self._look = False
         self._suspended: Suspended | None = None
-        self.step_blocks = 0
+        self._step_blocks = 0
         self._stepping = False
-        self.look_again = False
+        self._look_again = False
         self._random = random.Random(0)
         self.vcpus = [Vcpu(self, index) for index in range(cpus)]
         self.platform = Platform(
@@ -202,7 +203,7 @@ class Machine:
     def request_stop(self, outcome: Outcome | None = None) -> None:
         """End the run at the next exit; from a device, a tracer or another thread."""
         if self._outcome is None:
-            self._outcome = outcome or Outcome(Ending.STOPPED, "stopped by the caller")
+            self._end(outcome or Outcome(Ending.STOPPED, "stopped by the caller"))
         self.processor.kick()
 
     @property
@@ -217,23 +218,28 @@ class Machine:
 
     def _guest_ended(self, end: EndOfRun) -> None:
         text = f"the guest ended the run: {end.reason.value}"
-        self._outcome = Outcome(Ending.GUEST, text, end.status)
+        self._end(Outcome(Ending.GUEST, text, end.status))
 
     def _on_exit(self, code: int) -> int:
         """One #VMEXIT of the silicon; the action to go on with."""
         self._exits += 1
         vcpu = self.current
         exit = vcpu.exit
-        exit.take(code)
+        exit.code = code
+        exit.event = exit.take_event() if code in DURING_DELIVERY else 0
         verdict = self._traced(vcpu, exit) if self.tracer.wants else self._decide(vcpu, exit)
         if verdict.__class__ is Resume and verdict.advance:
             action = vcpu.advance(verdict.advance)
+        elif verdict is SWITCHED:
+            action = RUN_ON
         else:
             action = self._apply(vcpu, exit, verdict)
         if vcpu.step is not None:
             self._judge_step(vcpu, exit, action)
-        elif action == RUN_ON and self._nothing_new(vcpu):
-            return RUN_ON
+        elif action == RUN_ON and not (
+            vcpu.attention or self._look or self.clock.armings != self._armings
+        ):
+            return RUN_ON  # the budget that was set still says when to look again
         if not self._exits % _EXITS_BETWEEN_LOOKS:  # what sets new budgets may never use one up
             self.check_wall_clock()
         if self._outcome is not None:
@@ -253,16 +259,16 @@ class Machine:
         self.tracer.after(vcpu, exit, before, verdict)
         return verdict
 
-    def _nothing_new(self, vcpu: Vcpu) -> bool:
-        """Whether the budget that was set still says when the loop must look again."""
-        return not (
-            vcpu.attention
-            or self._outcome is not None
-            or self.step_blocks
-            or self.look_again
-            or self._slice_over
-            or self.clock.armings != self._armings
-        )
+    def step_block(self) -> None:
+        """Look again after one block: an instruction that ends one, or the end of a shadow."""
+        self._step_blocks, self._look = 1, True
+
+    def look_before_next(self) -> None:
+        """Look again before the next instruction."""
+        self._look_again = self._look = True
+
+    def _end(self, outcome: Outcome) -> None:
+        self._outcome, self._look = outcome, True
 
     def _suspend(self, action: int) -> int:
         """The run ends here; should it be continued, `action` is what is still to be done."""
@@ -335,10 +341,10 @@ class Machine:
             vcpu.attention = True
             return action
         if isinstance(verdict, Yield):
-            self._slice_over = True
+            self._slice_over = self._look = True
             return vcpu.advance(verdict.advance)
         assert isinstance(verdict, Stop)
-        self._outcome = verdict.outcome
+        self._end(verdict.outcome)
         return LEAVE
 
     def _inject(self, vcpu: Vcpu, exit: Exit, fault: Fault) -> int:
@@ -391,7 +397,7 @@ class Machine:
     def stop_with(self, verdict: Verdict) -> int:
         """Carry out a verdict that ends the run; the silicon's action."""
         assert isinstance(verdict, Stop)
-        self._outcome = verdict.outcome
+        self._end(verdict.outcome)
         return LEAVE
 
     def _judge_step(self, vcpu: Vcpu, exit: Exit, action: int) -> None:
@@ -455,7 +461,7 @@ class Machine:
                 if self._outcome is not None:
                     break
                 text = "every processor waits for an event that cannot come"
-                self._outcome = Outcome(Ending.IDLE, text)
+                self._end(Outcome(Ending.IDLE, text))
         return None
 
     def _can_wake(self, vcpu: Vcpu) -> bool:
@@ -497,8 +503,9 @@ class Machine:
     def _budget(self) -> int:
         """Blocks until the loop must look again."""
         self._armings = self.clock.armings
-        if self.look_again:
-            self.look_again = False
+        self._look = False
+        if self._look_again:
+            self._look_again = False
             return 0
         step = self.current.step
         if step is not None:
@@ -509,8 +516,8 @@ class Machine:
         if self._stepping:
             self._stepping = False
             self.processor.forget_step()
-        if self.step_blocks:
-            blocks, self.step_blocks = self.step_blocks, 0
+        if self._step_blocks:
+            blocks, self._step_blocks = self._step_blocks, 0
             return blocks
         limit = LONGEST_SLICE
         if len(self.vcpus) > 1:
@@ -539,7 +546,7 @@ class Machine:
     def check_wall_clock(self) -> None:
         """At the end of each slice, and every so many exits: has the run lasted too long?"""
         if self._outcome is None and time.monotonic() > self._wall_limit:
-            self._outcome = _timed_out()
+            self._end(_timed_out())
 
 
 def _timed_out() -> Outcome:

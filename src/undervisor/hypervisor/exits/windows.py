@@ -18,7 +18,7 @@ def interrupt_window(vcpu: Vcpu, exit: Exit) -> Verdict:
 def iret(vcpu: Vcpu, exit: Exit) -> Verdict:
     """IRET is about to end an NMI's handler: run it alone, then look for the next NMI."""
     events.unblock_nmi(vcpu)
-    vcpu.machine.step_blocks = 1
+    vcpu.machine.step_block()
     return RESUME
 
 

@@ -111,14 +111,14 @@ def deliver(vcpu: Vcpu, svm: SvmState) -> int:
                 return _exit(vcpu, svm, ExitCode.NMI)
             if not vcpu.state.interrupt_shadow:
                 return events.inject_nmi(vcpu)
-            vcpu.machine.step_blocks = 1
+            vcpu.machine.step_block()
         if vcpu.lapic.pending() is not None:
             if _host_takes_interrupts(vcpu, svm):
                 if svm.wanted >> Intercept.INTR & 1:
                     return _exit(vcpu, svm, ExitCode.INTR)
                 if not vcpu.state.interrupt_shadow:
                     return _interrupt(vcpu, vcpu.lapic.acknowledge())
-                vcpu.machine.step_blocks = 1
+                vcpu.machine.step_block()
             elif not svm.masks_interrupts:
                 window = True  # the host's own flag cannot change while L2 runs
     if svm.virtual & _V_IRQ and svm.gif(vcpu) and _has_priority(svm):

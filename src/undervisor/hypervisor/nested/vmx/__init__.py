@@ -78,6 +78,7 @@ class NestedVmx:
         self.exit_behind: tuple[ExitReason, int] | None = None
         self.virtual_nmi_blocked = False
         self.blocking_by_mov_ss = False
+        self.shadow_rip = -1
         self.trap_pending = False
         self.pending_debug = 0
         self.iret_unblocked = False
@@ -203,6 +204,10 @@ class NestedVmx:
     def xss(self, vcpu: Vcpu) -> int:
         """IA32_XSS."""
         return vcpu.msrs.get(Msr.XSS, 0)
+
+    def shadow_is_mov_ss(self, vcpu: Vcpu) -> bool:
+        """Whether it is MOV SS or POP SS, not STI, whose shadow L2's next instruction is in."""
+        return events.shadow_is_mov_ss(vcpu, self)
 
     def block_nmi(self, vcpu: Vcpu) -> None:
         """An NMI is injected: NMIs are blocked until IRET."""

@@ -19,6 +19,7 @@ from undervisor.arch.vmx.controls import (
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import DB, Vector
+from undervisor.arch.x86.paging import Translation, walk
 from undervisor.arch.x86.registers import Dr6
 from undervisor.hypervisor import events
 from undervisor.hypervisor.exit import Exit
@@ -38,6 +39,7 @@ _NMI_INFORMATION: Final = 2 | 2 << 8 | 1 << 31
 _EXTERNAL_INFORMATION: Final = 1 << 31
 _IF: Final = 0x200
 _TF: Final = 0x100
+_STI: Final = 0xFB
 _DB_MASK: Final = 1 << Vector.DB
 _BREAKPOINTS: Final = int(Dr6.b0 | Dr6.b1 | Dr6.b2 | Dr6.b3)
 _VECTORED_LOSE: Final = frozenset(
@@ -152,7 +154,7 @@ def deliver_debug(vcpu: Vcpu, nested: NestedVmx) -> None:
 def _deliver_pending_debug(vcpu: Vcpu, nested: NestedVmx) -> int:
     """#DB for what is pending, or wait while MOV SS blocks it."""
     state = vcpu.state
-    if state.interrupt_shadow and nested.blocking_by_mov_ss:
+    if state.interrupt_shadow and shadow_is_mov_ss(vcpu, nested):
         vcpu.begin_step()
         state.intercept_exceptions |= _DB_MASK
         return RESUME
@@ -170,6 +172,8 @@ def _arm_trap(vcpu: Vcpu, nested: NestedVmx) -> None:
     vcpu.begin_step()
     if vcpu.state.q[17] & _TF:
         vcpu.dr6_before = vcpu.state.dr6
+    if fields[F.GUEST_INTERRUPTIBILITY_STATE]:
+        nested.shadow_rip = fields[F.GUEST_RIP]
         vcpu.state.intercept_exceptions |= _DB_MASK
 
 
@@ -201,6 +205,22 @@ def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None
         vcpu.nmi_blocked = False
     else:
         vcpu.nmi_blocked = blocked
+
+
+def shadow_is_mov_ss(vcpu: Vcpu, nested: NestedVmx) -> bool:
+    """The silicon has one flag for both shadows: the entry's word holds where L2 has not moved,
+    else the byte before the instruction tells, read without side effects.
+    """
+    if vcpu.state.q[16] == nested.shadow_rip:
+        return nested.blocking_by_mov_ss
+    address = vcpu.linear_rip() - 1 & (1 << 64) - 1
+    found = walk(
+        vcpu.paging_rules(), vcpu.state.cr3, address, 0, lambda at: nested.peek_gpa(vcpu, at)
+    )
+    if not isinstance(found, Translation):
+        return False
+    quadword = nested.peek_gpa(vcpu, found.gpa & -8)
+    return quadword >> 8 * (found.gpa & 7) & 0xFF != _STI
 
 
 def block_nmi(vcpu: Vcpu, nested: NestedVmx) -> None:

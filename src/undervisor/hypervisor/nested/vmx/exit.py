@@ -260,7 +260,7 @@ def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
     if vcpu.vmcb02.q[V.INTERRUPT_SHADOW >> 3] & 1:
         value = (
             InterruptibilityState.blocking_by_mov_ss
-            if nested.blocking_by_mov_ss
+            if nested.shadow_is_mov_ss(vcpu)
             else InterruptibilityState.blocking_by_sti
         )
     virtual = nested.pin & PinBasedControls.virtual_nmis

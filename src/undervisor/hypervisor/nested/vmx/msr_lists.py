@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.vmx.checks.msr_lists import check_msr_load, read_list
+from undervisor.arch.vmx.checks.msr_lists import check_msr_load, check_msr_store, read_list
 from undervisor.arch.x86.events import Fault
+from undervisor.arch.x86.msr import Msr
 from undervisor.hypervisor.exits import msr
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.nested.vmx import NestedVmx
     from undervisor.hypervisor.vcpu import Vcpu
+
+_UNIT: Final = 512
+_MASK64: Final = (1 << 64) - 1
+
+
+def most_entries(nested: NestedVmx) -> int:
+    """The recommended maximum of a list: IA32_VMX_MISC[27:25]. What is beyond is refused."""
+    return _UNIT * (nested.capabilities.misc.msr_list_limit + 1)
 
 
 def load(vcpu: Vcpu, nested: NestedVmx, address: int, count: int) -> int:
@@ -29,19 +38,40 @@ def load(vcpu: Vcpu, nested: NestedVmx, address: int, count: int) -> int:
     def write(index: int, value: int) -> None:
         msr.write(vcpu, index, value)
 
+    most = most_entries(nested)
     failure = check_msr_load(
-        read_list(vcpu.memory.u64, address, count),
+        read_list(vcpu.memory.u64, address, min(count, most)),
         nested.capabilities,
         writable=writable,
         load=write,
     )
-    return failure.number if failure else 0
+    if failure:
+        return failure.number
+    return most + 1 if count > most else 0
 
 
-def store(vcpu: Vcpu, address: int, count: int) -> None:
-    """SDM 3C "Saving MSRs" into the VM-exit MSR-store area: 16 bytes an entry, index first."""
-    for number in range(count):
-        where = address + 16 * number
-        value = msr.read(vcpu, vcpu.memory.u32(where))
-        if isinstance(value, int):
-            vcpu.memory.set_u64(where + 8, value)
+def store(vcpu: Vcpu, nested: NestedVmx, address: int, count: int) -> int:
+    """Save MSRs: 16 bytes an entry, index first; the number of the entry that failed, or 0."""
+    memory, most = vcpu.memory, most_entries(nested)
+
+    def save(number: int, index: int) -> None:
+        memory.set_u64(address + 16 * number - 8, _value(vcpu, index))
+
+    failure = check_msr_store(
+        ((i, r) for i, r, _ in read_list(memory.u64, address, min(count, most))),
+        nested.capabilities,
+        readable=lambda index: isinstance(msr.read(vcpu, index), int),
+        save=save,
+    )
+    if failure:
+        return failure.number
+    return most + 1 if count > most else 0
+
+
+def _value(vcpu: Vcpu, index: int) -> int:
+    """An MSR as the exit finds it; the TSC is L1's, at the moment when L2 was left."""
+    if index == Msr.TSC:
+        return vcpu.tsc01() - vcpu.machine.exit_cost & _MASK64
+    value = msr.read(vcpu, index)
+    assert isinstance(value, int), "the entry was checked"
+    return value
