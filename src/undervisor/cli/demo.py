@@ -11,6 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from undervisor.cli.child import run_in_child
+from undervisor.cli.run import check_cpus
 from undervisor.errors import ExitCode, UndervisorError
 
 PASSED: Final = 1  # (0 << 1) | 1: the example wrote 0 to the debug exit port
@@ -34,13 +35,14 @@ EXAMPLES: Final = (
 
 
 def demo(
-    cpus: Annotated[int, typer.Option("--cpus", min=1, max=8, help="Processors of each.")] = 4,
+    cpus: Annotated[int, typer.Option("--cpus", help="Processors of each, 1 to 8.")] = 4,
 ) -> None:
     """Run the example L1 hypervisors with their L2 guests and show what happened.
 
     Each starts its processors, moves every one of them into an L2 of its own, and handles what
     the L2s do. Exit code 0: both passed. 1: one did not.
     """
+    check_cpus(cpus)
     good = [_run(number, example, cpus) for number, example in enumerate(EXAMPLES, 1)]
     raise typer.Exit(ExitCode.OK if all(good) else ExitCode.NEGATIVE)
 

@@ -74,8 +74,7 @@ def run(
     """
     if timeout is not None and not 0 < timeout <= LONGEST:
         raise BadInput(f"--timeout {timeout:g}", hint="seconds, more than 0 and at most a year")
-    if not 1 <= cpus <= 8:
-        raise BadInput(f"--cpus {cpus}", hint="1 to 8 processors are possible")
+    check_cpus(cpus)
     size = parse_size(memory)
     files = [_module(words) for words in module or []]
     data = read_file(image)
@@ -115,6 +114,12 @@ def _parse(data: bytes, name: str, raw: str) -> Image:
     address = parse_address(raw)
     mode = BootMode.REAL if address < REAL_MODE_END else BootMode.PROTECTED32
     return Image.raw(data, name, address, mode)
+
+
+def check_cpus(cpus: int) -> None:
+    """BadInput for a number of processors that no machine of ours has."""
+    if not 1 <= cpus <= 8:
+        raise BadInput(f"--cpus {cpus}", hint="1 to 8 processors are possible")
 
 
 def parse_size(text: str) -> int:
