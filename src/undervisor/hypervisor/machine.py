@@ -95,6 +95,7 @@ class Machine:
         self.memory = Memory(memory_size)
         self.processor = Processor(self.memory, intel=model.vendor is Vendor.INTEL)
         self.processor.set_exit_cost(EXIT_NS // BLOCK_NS)
+        self.exit_cost = EXIT_NS
         self.npt01 = identity(self.memory, ROM)
         self.clock = Clock(self.now)
         self._exits = 0

@@ -19,6 +19,7 @@ from vmx_lab import (
     STACK,
     VALID,
     VMCS,
+    Lab,
     event,
 )
 
@@ -285,7 +286,8 @@ def test_real_mode_interrupts_go_through_the_vector_table(lab):
     put(lab, "int $0x21; .org 0x40; mov $7, %dx", 16)
     run = lab.run(None, real_mode(lab))
     assert (run.reason, run.registers["rdx"]) == (R.VMCALL, 7)
-    run = lab.run(None, real_mode(lab) | {F.ENTRY_INTERRUPTION_INFORMATION: event(0x21, 0)})
+    injected = {F.ENTRY_INTERRUPTION_INFORMATION: event(0x21, 0), F.GUEST_RFLAGS: 0x202}
+    run = lab.run(None, real_mode(lab) | injected)
     assert (run.reason, run.registers["rdx"]) == (R.VMCALL, 7)
 
 
@@ -492,6 +494,37 @@ def test_the_largest_recommended_list_is_loaded(lab):
     run = lab.run("cpuid", {F.ENTRY_MSR_LOAD_ADDRESS: MSR_LIST, F.ENTRY_MSR_LOAD_COUNT: most})
     assert run.reason is R.CPUID
     assert lab.ask(("rdmsr", KERNEL_GS))[0].value == most - 1
+
+
+def test_a_list_beyond_the_recommended_maximum_fails_at_its_first_entry_too_many(lab):
+    most = 512 * ((lab.vcpu.model.vmx.misc >> 25 & 7) + 1)
+    entries(lab, MSR_LIST, [(KERNEL_GS, 0, n) for n in range(most + 1)])
+    run = lab.run("cpuid", {F.ENTRY_MSR_LOAD_ADDRESS: MSR_LIST, F.ENTRY_MSR_LOAD_COUNT: most + 1})
+    assert run[F.EXIT_REASON] == 1 << 31 | R.ENTRY_FAILURE_MSR_LOADING
+    assert run.qualification == most + 1
+
+
+def test_the_tsc_that_an_exit_stores_is_l1s_at_the_moment_of_the_exit(lab):
+    entries(lab, MSR_LIST, [(0x10, 0, 0)])
+    changes = lab.primary(use_tsc_offsetting=1) | {F.TSC_OFFSET: 1 << 40}
+    changes |= {F.EXIT_MSR_STORE_ADDRESS: MSR_LIST, F.EXIT_MSR_STORE_COUNT: 1}
+    run = lab.run("rdtsc", changes)
+    guest = run.registers["rdx"] << 32 | run.registers["rax"]
+    assert 0 <= lab.memory.u64(MSR_LIST + 8) + (1 << 40) - guest < 750
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_list_that_fails_at_an_exit_is_a_vmx_abort(loading):
+    lab = Lab()
+    entries(lab, MSR_LIST, [(0x12345, 0, 0)])
+    where, count = (
+        (F.EXIT_MSR_LOAD_ADDRESS, F.EXIT_MSR_LOAD_COUNT)
+        if loading
+        else (F.EXIT_MSR_STORE_ADDRESS, F.EXIT_MSR_STORE_COUNT)
+    )
+    with pytest.raises(AssertionError, match="VMX abort"):
+        lab.run("cpuid", {where: MSR_LIST, count: 1})
+    assert lab.memory.u32(VMCS + 4) == (4 if loading else 1)
 
 
 # -- failed entries --------------------------------------------------------------------------------

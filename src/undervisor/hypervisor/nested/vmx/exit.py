@@ -51,7 +51,9 @@ _CR0, _CR2, _DR6, _EFER = V.CR0 >> 3, V.CR2 >> 3, V.DR6 >> 3, V.EFER >> 3
 _SHADOW, _CS_ATTRIBUTES = V.INTERRUPT_SHADOW >> 3, V.CS_ATTRIBUTES >> 1
 _LMA: Final = Efer.lma
 _ENTRY_FAILURE: Final = 1 << 31
-_ABORT_HOST_MSR: Final = 4  # SDM 3C "VMX Aborts": problem loading host MSRs
+# SDM 3C "VMX Aborts": problems saving guest MSRs and loading host MSRs.
+_ABORT_SAVING_MSR: Final = 1
+_ABORT_HOST_MSR: Final = 4
 _UNBLOCKED: Final = 1 << 12
 _TELL_UNBLOCKING: Final = frozenset(
     {ExitReason.EPT_VIOLATION, ExitReason.PAGE_MODIFICATION_LOG_FULL}
@@ -141,6 +143,9 @@ def leave(
         _end_step(vcpu, nested, fields, reason)
     record_vectoring(vcpu, nested, fields)
     save_guest_state(vcpu, nested, vmcs)
+    count = fields[F.EXIT_MSR_STORE_COUNT]
+    if count and msr_lists.store(vcpu, nested, fields[F.EXIT_MSR_STORE_ADDRESS], count):
+        return _abort(vcpu, nested, _ABORT_SAVING_MSR, "MSR-store list has an entry not saved")
     return load_host_state(vcpu, nested, fields)
 
 
@@ -251,8 +256,6 @@ def _save_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
             fields[F.ENTRY_CONTROLS] = new
             nested.ia32e_mode_guest = bool(long_mode)
             nested.entry_controls = new
-    if fields[F.EXIT_MSR_STORE_COUNT]:
-        msr_lists.store(vcpu, fields[F.EXIT_MSR_STORE_ADDRESS], fields[F.EXIT_MSR_STORE_COUNT])
 
 
 def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
@@ -294,15 +297,15 @@ def _load_more(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Verdict
     if fields[F.EXIT_MSR_LOAD_COUNT]:
         address, count = fields[F.EXIT_MSR_LOAD_ADDRESS], fields[F.EXIT_MSR_LOAD_COUNT]
         if msr_lists.load(vcpu, nested, address, count):
-            return _abort(vcpu, nested)
+            return _abort(vcpu, nested, _ABORT_HOST_MSR, "MSR-load list has an entry not loaded")
     return SWITCHED
 
 
-def _abort(vcpu: Vcpu, nested: NestedVmx) -> Verdict:
+def _abort(vcpu: Vcpu, nested: NestedVmx, indicator: int, why: str) -> Verdict:
     """A VMX abort: the processor enters the shutdown state."""
     assert nested.vmx.current is not None
-    nested.vmx.store.abort(nested.vmx.current.gpa, _ABORT_HOST_MSR)
-    text = f"VMX abort {_ABORT_HOST_MSR}: the VM-exit MSR-load list has an entry that cannot load"
+    nested.vmx.store.abort(nested.vmx.current.gpa, indicator)
+    text = f"VMX abort {indicator}: the VM-exit {why}"
     return Stop(Outcome(Ending.VMX_ABORT, f"{text}\n{describe.registers(vcpu)}"))
 
 
