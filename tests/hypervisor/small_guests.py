@@ -251,3 +251,20 @@ def run16(text, cpu="intel", *, timeout=20, prepare=None, **options):
     machine.boot(BootState(BootMode.REAL, 0x7C00, cs=0, esp=0x7000))
     outcome = machine.run(timeout)
     return Result(machine, outcome, code.labels, machine.output)
+
+
+TO_USER = f"""
+ push {USER_DATA | 3}
+ push 0x78000
+ push %s
+ push {USER64 | 3}
+ mov eax, offset user
+ push rax
+ iretq
+user:
+"""
+
+
+def in_ring_3(text, iopl=0, **options):
+    """`run`, with the text in ring 3; without IOPL 3 its end is a #GP of the last OUT."""
+    return run(TO_USER % hex(0x2 | iopl << 12) + text, **options)

@@ -1,7 +1,7 @@
 """CR0, CR3, CR4, CR8, XCR0 and the debug registers: what may be loaded, and the faults."""
 
 import pytest
-from small_guests import CODE, DATA, LOG, PDPT, PML4, run, run16, run32
+from small_guests import DATA, PDPT, PML4, run, run16, run32
 
 GP, UD, DB = (13, 0), (6, 0), (1, 0)
 PE, MP, EM, TS, ET, NE, WP, AM, NW, CD, PG = (
@@ -43,12 +43,13 @@ def test_cr0_et_cannot_be_cleared_and_undeclared_bits_are_ignored():
     assert run(load("cr0", BASE0 & ~ET | 1 << 10) + "mov rbx, cr0").rbx == BASE0
 
 
-def test_write_protection_takes_effect():
-    page = 0x400000
-    protect = f"and byte ptr [{PDPT:#x}], 0xfd; mov rax, cr3; mov cr3, rax;"
-    # The guest's own tables and log lie in that page: writes of it go on with WP clear only.
-    text = load("cr0", BASE0 & ~WP) + protect + f"mov byte ptr [{page:#x}], 1; mov ebx, 1"
-    assert run(text).rbx == 1
+@pytest.mark.parametrize(("bits", "faults"), [(BASE0, [(14, 3)]), (BASE0 & ~WP, [])])
+def test_write_protection_decides_about_the_kernels_own_writes(bits, faults):
+    text = (
+        load("cr0", bits) + f"mov rax, [{PDPT + 16:#x}]; and al, 0xfd; mov [{PDPT + 16:#x}], rax;"
+    )
+    text += "mov rax, cr3; mov cr3, rax;"
+    assert run(text + "mov esi, 0x80000000; mov dword ptr [rsi], 1").faults == faults
 
 
 @pytest.mark.parametrize("text", ["clts", "mov ax, 0x3b; lmsw ax; clts"])
@@ -270,7 +271,3 @@ def test_pae_paging_checks_its_four_pointers():
 
     assert run32(text, prepare=prepare(0x201001)).rbx == 1
     assert run32(text, prepare=prepare(0x201003)).rbx == 2  # bit 1 is reserved
-
-
-assert CODE
-assert LOG

@@ -4,21 +4,20 @@ import struct
 
 import pytest
 from small_guests import (
-    CODE64,
     IDT,
     IST_STACK,
     KERNEL_STACK,
     PDPT,
     RESUME,
     TASK,
+    TO_USER,
     TSS,
-    USER_DATA,
+    in_ring_3,
     run,
     run16,
     run32,
     set_gate,
 )
-from test_io_exits import TO_USER, in_ring_3
 
 from undervisor.hypervisor.verdict import Ending
 
@@ -258,7 +257,3 @@ def test_a_ring_transition_with_a_busy_32_bit_tss_works():
     result = run32(text, prepare=prepare)
     assert (result.rbx, result.rcx, result.rdx & 0xFFFF) == (3, KERNEL_STACK - 0x1000 - 20, 8)
     assert result.rsi == 0x78000
-
-
-assert CODE64
-assert USER_DATA

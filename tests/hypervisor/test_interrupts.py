@@ -1,7 +1,9 @@
 """Interrupts of L1: the local APIC, shadows, NMI, INIT and SIPI, on one to eight processors."""
 
+import threading
+
 import pytest
-from small_guests import DATA, KERNEL_STACK, build, run
+from small_guests import DATA, KERNEL_STACK, build, run, set_gate
 
 from undervisor.hypervisor.verdict import Ending, Outcome
 
@@ -301,8 +303,6 @@ def test_a_run_ends_in_time_whatever_the_guest_does(text):
 
 def test_an_exception_whose_handler_cannot_be_fetched_ends_in_time():
     def prepare(machine, labels):
-        from small_guests import set_gate
-
         set_gate(machine, 14, 0x8000000000, ist=1)
 
     outcome = run("movabs rsi, 0x8000000000; mov eax, [rsi]", prepare=prepare, timeout=0.3).outcome
@@ -332,8 +332,6 @@ def test_a_machine_goes_on_after_a_stop_of_its_callers():
 
 
 def test_another_thread_stops_a_guest_that_never_exits():
-    import threading
-
     machine = build()
     stop = Outcome(Ending.STOPPED, "enough")
     timer = threading.Timer(0.1, machine.request_stop, [stop])

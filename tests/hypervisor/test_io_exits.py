@@ -3,32 +3,9 @@
 import struct
 
 import pytest
-from small_guests import DATA, PDPT, TSS, USER64, USER_DATA, run, run32
+from small_guests import DATA, PDPT, TSS, in_ring_3, run, run32
 
 GP, DB = 13, 1
-TO_USER = f"""
- push {USER_DATA | 3}
- push 0x78000
- push %s
- push {USER64 | 3}
- mov eax, offset user
- push rax
- iretq
-user:
-"""
-
-
-def in_ring_3(text, iopl=0, **options):
-    return run(TO_USER % hex(0x2 | iopl << 12) + text, **options)
-
-
-def deny(port, count=1):
-    def prepare(machine, labels):
-        for p in range(port, port + count):
-            byte = machine.memory.read(TSS + 104 + p // 8, 1)[0] | 1 << p % 8
-            machine.memory.write(TSS + 104 + p // 8, bytes([byte]))
-
-    return prepare
 
 
 def allow(*ports):

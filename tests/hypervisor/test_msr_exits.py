@@ -1,7 +1,7 @@
 """RDMSR and WRMSR at L1 level, by class of MSR."""
 
 import pytest
-from small_guests import DATA, build, run
+from small_guests import DATA, build, in_ring_3, run
 
 from undervisor.arch.x86.msr import Msr
 from undervisor.hypervisor.models.overrides import named
@@ -185,8 +185,6 @@ def test_the_svm_key_cannot_be_read():
 
 
 def test_ring_3_may_not_use_msrs():
-    from test_io_exits import in_ring_3
-
     assert in_ring_3("mov ecx, 0x10; rdmsr").faults == [GP]
 
 

@@ -1,7 +1,6 @@
 """What the documentation says that the silicon does not do: a change here changes the document."""
 
-from small_guests import DATA, PDPT, run
-from test_io_exits import TO_USER, in_ring_3
+from small_guests import DATA, PDPT, TO_USER, in_ring_3, run
 
 DR7 = "mov eax, {:#x}; mov dr7, rax;"
 

@@ -3,8 +3,20 @@
 import struct
 
 import pytest
-from small_guests import CODE64, DATA, GDT, PDPT, TASK, TSS, USER32, build, run, run16, run32
-from test_io_exits import in_ring_3
+from small_guests import (
+    CODE64,
+    DATA,
+    GDT,
+    PDPT,
+    TASK,
+    TO_USER,
+    USER32,
+    build,
+    in_ring_3,
+    run,
+    run16,
+    run32,
+)
 
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.x86.msr import Msr
@@ -85,8 +97,6 @@ def test_rdtscp_gives_tsc_aux_as_well(cpu):
 def test_cr4_tsd_bars_ring_3_from_the_tsc(text):
     assert in_ring_3(text, iopl=3).faults == []
     assert run(cr4(2) + text).faults == []
-    from test_io_exits import TO_USER
-
     assert run(cr4(2) + TO_USER % "0x3002" + text).faults == [GP]
 
 
@@ -219,8 +229,6 @@ def test_xrstors_refuses_a_bad_area(spoil):
 
 def test_xsaves_needs_osxsave_and_ring_0():
     assert run(f"mov edi, {AREA:#x}; xsaves [rdi]").faults == [UD]
-    from test_io_exits import TO_USER
-
     assert run(XSTATE + TO_USER % "2" + f"mov edi, {AREA:#x}; xsaves [rdi]").faults == [GP]
 
 
@@ -392,6 +400,3 @@ def test_two_machines_of_one_process_do_not_disturb_each_other():
     run("mov edx, 0x3f8; mov al, 'b'; out dx, al", machine=second)
     del second
     assert run("mov edx, 0x3f8; mov al, 'a'; out dx, al", machine=first).output == b"a"
-
-
-assert TSS
