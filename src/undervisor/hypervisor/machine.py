@@ -237,9 +237,7 @@ class Machine:
             action = self._apply(vcpu, exit, verdict)
         if vcpu.step is not None:
             self._judge_step(vcpu, exit, action)
-        elif action == RUN_ON and not (
-            vcpu.attention or self._look or self.clock.armings != self._armings
-        ):
+        elif action == RUN_ON and not self._something_new(vcpu):
             return RUN_ON  # the budget that was set still says when to look again
         if not self._exits % _EXITS_BETWEEN_LOOKS:  # what sets new budgets may never use one up
             self.check_wall_clock()
@@ -259,6 +257,10 @@ class Machine:
         verdict = self._decide(vcpu, exit)
         self.tracer.after(vcpu, exit, before, verdict)
         return verdict
+
+    def _something_new(self, vcpu: Vcpu) -> bool:
+        """Whether the loop must look at more than the exit that it has just handled."""
+        return vcpu.attention or self._look or self.clock.armings != self._armings
 
     def step_block(self) -> None:
         """Look again after one block: an instruction that ends one, or the end of a shadow."""
@@ -297,7 +299,7 @@ class Machine:
         state.exception_index.value, state.error_code, state.is_int = index, error, is_int
         state.next_rip, state.old_exception = next_rip, old
         if action == RUN_ON:
-            if self.current.step is None and self._nothing_new(self.current):
+            if self.current.step is None and not self._something_new(self.current):
                 self.processor.set_budget(budget)
                 return RUN_ON
             action = self._attend(self.current)

@@ -135,7 +135,7 @@ class Processor:
         self._load_vmx = native("load_vmx", pointer, pointer, pointer, long)
         self._save_vmx = native("save_vmx", pointer, pointer)
         where = compiled.variable("instruction")
-        self._instruction = (ctypes.c_char * 16).from_address(where)
+        self.instruction = (ctypes.c_char * 16).from_address(where)
         return compiled
 
     def _hook(self) -> None:
@@ -275,8 +275,11 @@ class Processor:
         self._save_vmx(self._env, vmcb.pointer)
 
     def instruction_bytes(self) -> bytes:
-        """15 bytes at the exiting instruction, or none where the silicon did not have them."""
-        data = self._instruction.raw
+        """15 bytes at the exiting instruction, or none where the silicon did not have them.
+
+        They are the first of `instruction`; its last byte is 0 where there are none.
+        """
+        data = self.instruction.raw
         return data[:15] if data[15] else b""
 
     def reset(self) -> None:

@@ -62,6 +62,7 @@ class NestedVmx:
             self.loads_more
         ) = False
         self.watchful = False
+        self.tables_change = True
         self.failure: EntryFailure | None = None
         self.resident: Vmcs | None = None
         self.host_of: Vmcs | None = None

@@ -48,6 +48,7 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     nested.entry_controls = fields[F.ENTRY_CONTROLS]
     nested.exit_controls = fields[F.EXIT_CONTROLS]
     nested.tsc_offset = fields[F.TSC_OFFSET] if primary & PrimaryControls.use_tsc_offsetting else 0
+    nested.tables_change = True
     _plan(vcpu, nested, fields)
     apic.merge(vcpu, nested, fields)
     nested.inputs_move = bool(primary & PrimaryControls.use_tpr_shadow)

@@ -172,10 +172,13 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
     """The committed half: MSRs, the world switch, timers, blocking and the event."""
     fields = vmcs.fields
     vcpu.in_l2, vcpu.vmcb = True, vcpu.vmcb02
-    paging.activate(vcpu, nested, vmcs)
+    if nested.tables_change:
+        paging.activate(vcpu, nested, vmcs)
+        nested.tables_change = False
     events.load_blocking(vcpu, nested, fields)
     vcpu.load_vmx(vcpu.vmcb02)
-    events.watch_iret(vcpu, nested)
+    if vcpu.nmi_blocked or nested.virtual_nmi_blocked:
+        events.watch_iret(vcpu, nested)
     nested.resident = vmcs
     vcpu.l2_tsc_offset = nested.tsc_offset
     if fields[F.ENTRY_MSR_LOAD_COUNT]:

@@ -7,6 +7,7 @@ operation, success.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Code, OpKind
@@ -81,7 +82,7 @@ def undefined(vcpu: Vcpu, exit: Exit) -> Verdict:
     """#UD of L1: a VMX instruction, or one that the common handler knows."""
     nested: NestedVmx = vcpu.nested  # type: ignore[assignment]
     nested.last = ""
-    data = vcpu.processor.instruction_bytes()
+    data = vcpu.processor.instruction.raw
     quick = _quick.get(data)
     if quick is not None and vcpu.state.d[usual.HFLAGS] & usual.MODE_MASK == usual.MODE:
         verdict = quick(vcpu, nested)
@@ -91,9 +92,18 @@ def undefined(vcpu: Vcpu, exit: Exit) -> Verdict:
     operation = INSTRUCTIONS.get(decoded.code)
     if operation is None:
         return exceptions.undefined(vcpu, exit)
-    if quick is None and data:
+    if quick is None and data[15]:
         _remember(data, decoded)
     return operation(vcpu, nested, decoded)
+
+
+def _resume(vcpu: Vcpu, nested: NestedVmx, *, decoded: decode.Instruction) -> Verdict | None:
+    """VMRESUME that passes its own checks; None where it does not."""
+    vmcs = nested.vmx.current
+    if vmcs is None or vmcs.is_shadow or not vmcs.launched or vcpu.state.interrupt_shadow:
+        return None
+    entered = entry.enter(vcpu, nested, vmcs, launch=False)
+    return fail(vcpu, nested, decoded, entered) if isinstance(entered, Error) else entered
 
 
 _quick: dict[bytes, usual.Usual] = {}
@@ -103,6 +113,8 @@ _MOST_REMEMBERED: Final = 1024
 def _remember(data: bytes, decoded: decode.Instruction) -> None:
     """Work out the quick form of an instruction that has one."""
     quick = usual.prepare(decoded, MASKS)
+    if decoded.code == Code.VMRESUME:
+        quick = partial(_resume, decoded=decoded)
     if quick is not None:
         if len(_quick) >= _MOST_REMEMBERED:
             _quick.clear()
