@@ -61,7 +61,10 @@ def run(
         bool, typer.Option("--json", help="Everything on stdout, as JSON documents by line.")
     ] = False,
     timeline: Annotated[
-        str, typer.Option("--timeline", help="Write a Chrome trace, for ui.perfetto.dev.")
+        str,
+        typer.Option(
+            "--timeline", help="Write a Chrome trace, for ui.perfetto.dev; a picture, FILE.svg."
+        ),
     ] = "",
     summary: Annotated[
         bool, typer.Option("--summary/--no-summary", help="The tree of levels and exits.")

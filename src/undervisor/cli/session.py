@@ -26,6 +26,7 @@ from undervisor.hypervisor.recorder import Both, Recorder, Tally
 from undervisor.hypervisor.trace import NO_TRACE, Tracer, Transition
 from undervisor.hypervisor.verdict import Ending, Outcome
 from undervisor.report.trace import summary
+from undervisor.report.trace.picture import Picture
 from undervisor.report.trace.timeline import Timeline
 from undervisor.report.trace.transition import Filter, json_line, text
 from undervisor.targets import Job
@@ -68,7 +69,7 @@ def show(job: Job, wishes: Wishes) -> Seen:
     machine = build(
         job, models.named(wishes.cpu), serial=output, source=_source(wishes, lambda: machine)
     )
-    timeline = Timeline(file, job.cpus, job.image.name) if file else None
+    timeline = _timeline(wishes.timeline, file, job) if file else None
     machine.tracer = _tracer(wishes, tally, timeline)
     signal.signal(signal.SIGINT, lambda number, frame: machine.request_stop())
     outcome = machine.run(wishes.timeout)
@@ -152,7 +153,13 @@ def _source(wishes: Wishes, machine: Callable[[], Machine]) -> terminal.Stdin | 
 # -- trace and summary -------------------------------------------------------------------------
 
 
-def _tracer(wishes: Wishes, tally: Tally | None, timeline: Timeline | None) -> Tracer:
+def _timeline(path: str, file: TextIO, job: Job) -> Timeline | Picture:
+    """A picture where the file's name says so, else a document for a viewer."""
+    kind = Picture if path.lower().endswith(".svg") else Timeline
+    return kind(file, job.cpus, job.image.name)
+
+
+def _tracer(wishes: Wishes, tally: Tally | None, timeline: Timeline | Picture | None) -> Tracer:
     sinks: list[Callable[[Transition], None]] = []
     if wishes.trace:
         sinks.append(_printer(wishes))
