@@ -172,8 +172,6 @@ def _arm_trap(vcpu: Vcpu, nested: NestedVmx) -> None:
     vcpu.begin_step()
     if vcpu.state.q[17] & _TF:
         vcpu.dr6_before = vcpu.state.dr6
-    if fields[F.GUEST_INTERRUPTIBILITY_STATE]:
-        nested.shadow_rip = fields[F.GUEST_RIP]
         vcpu.state.intercept_exceptions |= _DB_MASK
 
 
@@ -199,6 +197,8 @@ def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None
     """Blocking by NMI at entry: of virtual NMIs where they are on, else of the processor's own."""
     nested.exit_behind, nested.virtual_pending = None, False
     vcpu.dr6_before = vcpu.state.dr6
+    if fields[F.GUEST_INTERRUPTIBILITY_STATE]:
+        nested.shadow_rip = fields[F.GUEST_RIP]
     blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
     if nested.pin & PinBasedControls.virtual_nmis:
         nested.virtual_nmi_blocked = blocked
