@@ -202,3 +202,28 @@ def test_a_hundred_megabytes_of_digits_on_one_line_are_bounded():
     code, _, err = through_a_pipe([b"VMFAIL" + b"f" * (1 << 20)] * 100)
     assert code in (1, 2)
     assert "Traceback" not in err
+
+
+SIZE = 2 << 20
+REPEATED = {
+    "letters": "a" * 1999 + "\n",
+    "words": "ab cd.ef " * 200 + "\n",
+    "pairs": "a = 1 " * 300 + "\n",
+    "digits": "0" * 1999 + "\n",
+    "titles": "*** Guest State ***\nCR3 = 0x1\n",
+    "brackets": "RIP = 0x1 (" + "x" * 150 + ")\n",
+    "registers": "CR0: actual= " + "0" * 1900 + "\n",
+    "failures": "VMENTER FAIL: " + "guest " * 25 + "\n",
+    "code": "KVM internal error. Suberror: 1\nCode=" + "ff " * 600 + "\n",
+    "vmcbs": "VMCB Control Area:\n asid: 0\nefer: 0\ncr0: 0\ncr3: 0\n",
+    "objects": '{"a":',
+    "statuses": "VERR_VMX_" + "A" * 70 + " \n",
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_two_megabytes_made_to_be_slow_are_not(kind):
+    raw = (REPEATED[kind] * (SIZE // len(REPEATED[kind]) + 1))[:SIZE].encode()
+    before = time.process_time()
+    answer(raw)
+    assert time.process_time() - before < SECONDS

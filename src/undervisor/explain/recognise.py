@@ -10,6 +10,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +38,8 @@ SCAN_LIMIT = 1 << 30
 LINE_LIMIT = 2000
 """Characters of a line; what is behind them is cut off."""
 LINES_LIMIT = 40_000
+DUMPS_LIMIT = 64
+"""Dumps of one text that are looked at."""
 BINARY_SHARE = 0.10
 """With more control bytes than this a text is no text."""
 
@@ -51,10 +54,33 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _QUOTE = re.compile(r"^(?:\s*[>|]\s?)+")
 
 Reader = Callable[[list[str]], list[Dump]]
-STATES: tuple[Reader, ...] = (vmcs_text.read, vmcb_text.read, haxm.read)
-"""Readers of whole states; the first that finds one counts."""
-LOGS: tuple[Reader, ...] = (qemu.read, virtualbox.read, bochs.read)
-"""Readers of logs that go with a state or stand alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """A format of text, read only where one of its signs is in the text."""
+
+    read: Reader
+    markers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, read: Reader, markers: tuple[bytes, ...]) -> TextFormat:
+        """The format of a module."""
+        return cls(read, tuple(marker.decode() for marker in markers))
+
+
+STATES: tuple[TextFormat, ...] = (
+    TextFormat.of(vmcs_text.read, vmcs_text.MARKERS),
+    TextFormat.of(vmcb_text.read, vmcb_text.MARKERS),
+    TextFormat.of(haxm.read, haxm.MARKERS),
+)
+"""Formats of whole states; the first that finds one counts."""
+LOGS: tuple[TextFormat, ...] = (
+    TextFormat.of(qemu.read, qemu.MARKERS),
+    TextFormat.of(virtualbox.read, virtualbox.MARKERS),
+    TextFormat.of(bochs.read, bochs.MARKERS),
+)
+"""Formats of logs that go with a state or stand alone."""
 
 
 def read_file(path: str) -> list[Dump]:
@@ -155,9 +181,10 @@ def clean(text: str) -> list[str]:
 
 
 def _texts(lines: list[str]) -> list[Dump]:
-    logs = [dump for reader in LOGS for dump in reader(lines) if not dump.is_empty]
-    for reader in STATES:
-        dumps = reader(lines)
+    text = "\n".join(lines)
+    logs = [dump for form in LOGS for dump in _by(form, lines, text) if not dump.is_empty]
+    for form in STATES:
+        dumps = _by(form, lines, text)
         if dumps:
             for dump in dumps:
                 _merge(dump, logs)
@@ -174,6 +201,13 @@ def _texts(lines: list[str]) -> list[Dump]:
         hint="known: KVM, Xen and HAXM dumps, QEMU's, Bochs's and VirtualBox's logs, nested-state "
         "blobs, raw VMCBs, JSON and `field = value` text",
     )
+
+
+def _by(form: TextFormat, lines: list[str], text: str) -> list[Dump]:
+    """What a format's reader finds, if any of its signs is there."""
+    if not any(marker in text for marker in form.markers):
+        return []
+    return form.read(lines)[:DUMPS_LIMIT]
 
 
 def _merge(dump: Dump, logs: list[Dump]) -> None:

@@ -8,7 +8,14 @@ from undervisor.arch.vmx.fields import VmcsField
 from undervisor.explain.dump import VMX, Dump
 from undervisor.explain.names import vmx_field
 
-MARKERS = (b"VMX_PIN_CONTROLS:", b"VMX_PRIMARY_PROCESSOR_CONTROLS:", b"VM_EXIT_INFO_REASON:")
+MARKERS = (
+    b" VMX_PIN_CONTROLS:",
+    b" VMX_PRIMARY_PROCESSOR_CONTROLS:",
+    b" VM_EXIT_INFO_REASON:",
+    b" HOST_RIP:",
+    b" GUEST_RIP:",
+    b" GUEST_CR0:",
+)
 
 _LINE = re.compile(
     r"(?<![\w.])([0-9a-fA-F]{1,4}) ((?:VMX|VM_EXIT_INFO|HOST|GUEST)_[A-Z0-9_]{1,50}): "

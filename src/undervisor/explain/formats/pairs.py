@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 
 from undervisor.errors import BadInput
 from undervisor.explain.dump import SVM, SVM_WIDTHS, VMX, VMX_WIDTHS, Dump
-from undervisor.explain.names import is_high_half, svm_field, vmx_field
+from undervisor.explain.names import NAME_LIMIT, is_high_half, svm_field, vmx_field
 
 DEPTH = 6
 """How deep JSON objects may be nested."""
 
-_PAIR = re.compile(
-    r"([A-Za-z0-9][A-Za-z0-9_ .\-/\[\]()]{0,100}?)\s*(?:==|:=|=>|->|=|:)\s*"
-    r"(0x[0-9a-fA-F_`']{1,24}|[0-9a-fA-F][0-9a-fA-F_`']{0,23}h?)\b\s*[,;]?"
+_VALUE = re.compile(
+    r"(?:==|:=|=>|->|=|:)\s{0,40}(0x[0-9a-fA-F_`']{1,24}|[0-9a-fA-F][0-9a-fA-F_`']{0,23}h?)\b"
 )
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_ .\-/\[\]()>]{0,100}\Z")
 _CLEAN = str.maketrans("", "", "_`'")
 _LEAST = 1
 
@@ -48,10 +48,13 @@ def read(lines: list[str]) -> list[Dump]:
     for line in lines:
         if line.lstrip().startswith(("#", "//")):
             continue
-        for match in _PAIR.finditer(line):
-            value = number(match[2])
-            if value is not None:
-                pairs.append((match[1].strip(), value))
+        end = 0
+        for match in _VALUE.finditer(line):
+            name = _NAME.search(line[max(end, match.start() - NAME_LIMIT) : match.start()].strip())
+            end = match.end()
+            value = number(match[1])
+            if value is not None and name is not None:
+                pairs.append((name[0], value))
     dump = _from_pairs(pairs, "field = value text")
     return [dump] if len(dump.state) >= _LEAST else []
 

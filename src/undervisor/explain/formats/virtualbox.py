@@ -28,10 +28,6 @@ _NAMED = re.compile(r"(?<!\w)(cr0|cr3|cr4|dr7|rip|eip|rsp|esp|eflags)=([0-9a-fA-
 _SYSENTER = re.compile(
     r"SysEnter=\{cs=([0-9a-fA-F]{4,16}) eip=([0-9a-fA-F]{8,16}) esp=([0-9a-fA-F]{8,16})\}"
 )
-_CONTROL = re.compile(
-    r"\b(?:VMX_VMCS(?:16|32|64|_)?|)_?((?:GUEST|HOST|CTRL|RO)_[A-Z0-9_]{2,50})\s*[:=]?\s+"
-    r"(0x[0-9a-fA-F]+|#?[0-9a-fA-F]{4,16})"
-)
 _REGISTERS = {
     "cr0": F.GUEST_CR0,
     "cr3": F.GUEST_CR3,

@@ -16,7 +16,15 @@ from undervisor.arch.vmx.fields import guest_segment
 from undervisor.explain.dump import VMX, Dump
 
 GUEST, HOST, CONTROL = "guest", "host", "control"
-MARKERS = (b"*** Guest State", b"*** Host State", b"*** Control State", b"gh_mask=")
+MARKERS = (
+    b"*** Guest State",
+    b"*** Host State",
+    b"*** Control State",
+    b"gh_mask=",
+    b"CPUBased=",
+    b"Interruptibility =",
+    b"FSBase=",
+)
 
 _H = r"(?:0x)?([0-9a-fA-F]{1,16})\b"
 _IN_BRACKETS = r"(?:\s*\([^)\n]{0,200}\))?"
@@ -235,6 +243,8 @@ def _dump(lines: list[str]) -> Dump:
 
 def _scan(line: str, section: str, state: dict[int, int]) -> str:
     """Take what the line holds; the section that we are in after it."""
+    if "=" not in line and ":" not in line:
+        return section
     for match in _SEGMENT.finditer(line):
         for part, digits in zip(_PARTS, match.groups()[1:], strict=True):
             state[guest_segment(match[1], part)] = int(digits, 16)
