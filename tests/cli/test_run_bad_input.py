@@ -1,9 +1,11 @@
 """Input that cannot be used: one line that says so, exit code 2, no traceback, no hang."""
 
+import shlex
 import struct
+import subprocess
 
 import pytest
-from guests import BASE, EXIT, example, image, undervisor
+from guests import BASE, EXIT, command, example, image, undervisor
 
 
 def refused(*words):
@@ -65,6 +67,16 @@ def test_an_image_beyond_the_end_of_ram(written):
 @pytest.mark.parametrize("memory", ["0", "1K", "999999G", "many", "-5M", "1.5G", ""])
 def test_memory_that_cannot_be_had(memory):
     refused(example("svm"), "--memory", memory)
+
+
+def test_memory_that_this_machine_has_not():
+    """An address space of 4 GiB stands for a small machine."""
+    words = shlex.join(command("run", example("svm"), "--memory", "16G"))
+    done = subprocess.run(
+        ["sh", "-c", f"ulimit -v 4194304; exec {words}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("undervisor: no 16384 MiB of memory for the guest")
 
 
 @pytest.mark.parametrize(
