@@ -246,3 +246,9 @@ def test_an_instruction_that_is_not_emulated_ends_the_run_and_says_which():
     outcome = run(POINT + "addps xmm0, [rsi]").outcome
     assert outcome.ending is Ending.UNKNOWN_EXIT
     assert "addps" in outcome.text
+
+
+def test_a_jump_to_absent_memory_finds_an_undefined_instruction():
+    result = run("mov esi, 0x10000000; jmp rsi")
+    assert result.faults == [(6, 0)]
+    assert result.events[0].rip == 0x10000000

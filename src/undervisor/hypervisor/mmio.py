@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic, OpKind, Register
 
-from undervisor.arch.x86.events import Fault, GuestFault
+from undervisor.arch.x86.events import UD, Fault, GuestFault
 from undervisor.arch.x86.paging import WRITE
 from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import decode, describe
-from undervisor.hypervisor.verdict import ADVANCE, Ending, Outcome, Stop, Verdict
+from undervisor.hypervisor.verdict import ADVANCE, Ending, Inject, Outcome, Stop, Verdict
 from undervisor.silicon.memory import PAGE
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def emulate(vcpu: Vcpu) -> Verdict:
     """Carry out the instruction at the instruction pointer."""
     decoded = decode.instruction(vcpu)
     operation = _OPERATIONS.get(decoded.mnemonic)
+    if operation is None and decoded.code == decode.Code.INVALID:
+        return Inject(UD)  # fetched from where no memory is: all ones
     if operation is None:
         text = f"{decoded} on device memory is not emulated\n{describe.registers(vcpu)}"
         return Stop(Outcome(Ending.UNKNOWN_EXIT, text))
