@@ -82,8 +82,10 @@ def instruction(vcpu: Vcpu) -> Instruction:
 def length(vcpu: Vcpu) -> int:
     """The length in bytes of the instruction at the instruction pointer."""
     plain = _PLAIN.get(vcpu.exit.code)
-    if plain is not None and fetch(vcpu).startswith(plain):
-        return len(plain)
+    if plain is not None:
+        data = vcpu.processor.instruction.raw
+        if data.startswith(plain) and data[MAX_LENGTH]:
+            return len(plain)
     return int(instruction(vcpu).len)
 
 
