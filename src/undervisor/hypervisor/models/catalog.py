@@ -54,7 +54,7 @@ _HASWELL = _NO_MITIGATIONS + " rdpid rdseed adx smap clflushopt xsaveopt xgetbv1
 _WESTMERE = _HASWELL + (
     " xsave fsgsbase tsc-adjust bmi1 bmi2 movbe abm 3dnowprefetch erms smep invpcid rdrand "
     "tsc-deadline vmx-shadow-vmcs vmx-vmfunc vmx-eptad vmx-apicv-register vmx-apicv-vid "
-    "vmx-vmwrite-vmexit-fields vmx-zero-len-inject"
+    "vmx-posted-intr vmx-vmwrite-vmexit-fields vmx-zero-len-inject"
 )
 _NEHALEM = _WESTMERE + " aes pclmulqdq pcid pdpe1gb vmx-unrestricted-guest vmx-ept-1gb"
 _CORE2 = _NEHALEM + (

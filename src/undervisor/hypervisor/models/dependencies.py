@@ -74,6 +74,7 @@ _TABLE: Final[dict[str, str]] = {
     "vmx-apicv-xapic": "apic",
     "vmx-apicv-register": "vmx-flexpriority",
     "vmx-apicv-vid": "vmx-flexpriority vmx-intr-exit",
+    "vmx-posted-intr": "vmx-apicv-vid vmx-exit-ack-intr",
     "vmx-rdtscp-exit": "rdtscp",
     "vmx-rdrand-exit": "rdrand",
     "vmx-rdseed-exit": "rdseed",

@@ -360,6 +360,50 @@ def test_a_virtual_interrupt_wakes_from_hlt(lab):
     assert (run.vector, run[F.GUEST_ACTIVITY_STATE]) == (0x41, 0)
 
 
+# -- posted interrupts -----------------------------------------------------------------------------
+
+DESCRIPTOR = 0x672000
+NOTIFICATION = 0xE3
+NOTIFY = "mov $0xfee00000, %r8d; movl ${:#x}, 0x300(%r8); nop; nop"
+
+
+def posted(lab):
+    """Fields that process posted interrupts, and a descriptor with its notification outstanding."""
+    lab.vcpu.lapic.write(0xF0, 4, 0x1FF)
+    fields = apic(lab, **ENABLE_ALL) | {F.GUEST_RFLAGS: 0x202}
+    fields |= lab.pin(external_interrupt_exiting=1, process_posted_interrupts=1)
+    fields |= lab.on_exit(acknowledge_interrupt=1)
+    lab.memory.write(DESCRIPTOR, bytes(64))
+    lab.memory.set_u64(DESCRIPTOR + 32, 0xAB00_0001)
+    return fields | {
+        F.POSTED_INTERRUPT_DESCRIPTOR_ADDRESS: DESCRIPTOR,
+        F.POSTED_INTERRUPT_NOTIFICATION_VECTOR: NOTIFICATION,
+    }
+
+
+def test_a_notification_delivers_what_is_posted_without_an_exit(lab):
+    fields = posted(lab)
+    for vector in (0x41, 0x72):
+        lab.memory.set_u32(DESCRIPTOR + 4 * (vector >> 5), 1 << (vector & 31))
+    source = NOTIFY.format(0x40000 | NOTIFICATION)
+    run = lab.run(source, fields, reads=[F.GUEST_INTERRUPT_STATUS])
+    assert run.vector == 0x72
+    assert run[F.GUEST_INTERRUPT_STATUS] == 0x7241
+    assert lab.memory.read(DESCRIPTOR, 32) == bytes(32)
+    assert lab.memory.u64(DESCRIPTOR + 32) == 0xAB00_0000
+    assert lab.memory.u32(VAPIC + 0x220) == 2
+    assert lab.vcpu.lapic.read(0x170, 4) == 0  # the notification was acknowledged and ended
+
+
+def test_another_interrupt_exits_acknowledged(lab):
+    source = NOTIFY.format(0x40000 | NOTIFICATION + 1)
+    run = lab.run(source, posted(lab))
+    assert run.reason is R.EXTERNAL_INTERRUPT
+    assert run[F.EXIT_INTERRUPTION_INFORMATION] == VALID | NOTIFICATION + 1
+    assert lab.memory.u64(DESCRIPTOR + 32) == 0xAB00_0001
+    lab.vcpu.lapic.write(0xB0, 4, 0)
+
+
 def test_the_interrupt_window_holds_virtual_interrupts_back(lab):
     window = {"interrupt_window_exiting": 1}
     fields = apic(lab, status=0x41, primary=window, **ENABLE_ALL) | {F.GUEST_RFLAGS: 0x202}

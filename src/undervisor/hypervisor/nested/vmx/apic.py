@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from undervisor.arch.vmx.controls import PrimaryControls, SecondaryControls
+from undervisor.arch.vmx.controls import PinBasedControls, PrimaryControls, SecondaryControls
 from undervisor.arch.vmx.exits import ApicAccessType
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
@@ -89,9 +89,19 @@ def at_entry(vcpu: Vcpu, nested: NestedVmx) -> None:
         virtual.exit_behind(vcpu, nested, R.TPR_BELOW_THRESHOLD, 0)
 
 
-def external_interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict:
-    """An external interrupt that exits."""
-    return events.external_interrupt(vcpu, nested)
+def external_interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
+    """An external interrupt: an exit, or None where it was the notification of posted ones.
+
+    SDM 3C "Posted-Interrupt Processing".
+    """
+    if not nested.pin & PinBasedControls.process_posted_interrupts:
+        return events.external_interrupt(vcpu, nested)
+    vector = vcpu.lapic.acknowledge()
+    if vector != nested.fields[F.POSTED_INTERRUPT_NOTIFICATION_VECTOR] & 0xFF:
+        return events.interrupt_exit(vcpu, nested, vector)
+    vcpu.lapic.write(_EOI, 4, 0)
+    virtual.take_posted(vcpu, nested)
+    return None
 
 
 # -- the APIC-access page -----------------------------------------------------------------------

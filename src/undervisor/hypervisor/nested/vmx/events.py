@@ -306,9 +306,14 @@ def _interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict | None:
 
 def external_interrupt(vcpu: Vcpu, nested: NestedVmx) -> Verdict:
     """Exit for the local APIC's interrupt, acknowledged where L1 asks for it."""
-    information = 0
     if nested.exit_controls & ExitControls.acknowledge_interrupt:
-        information = vcpu.lapic.acknowledge() | _EXTERNAL_INFORMATION
+        return interrupt_exit(vcpu, nested, vcpu.lapic.acknowledge())
+    return leave(vcpu, nested, R.EXTERNAL_INTERRUPT)
+
+
+def interrupt_exit(vcpu: Vcpu, nested: NestedVmx, vector: int) -> Verdict:
+    """Exit for an interrupt that has been acknowledged."""
+    information = vector | _EXTERNAL_INFORMATION
     return leave(vcpu, nested, R.EXTERNAL_INTERRUPT, interruption=information)
 
 

@@ -23,6 +23,8 @@ _VPPR: Final = 0x0A0
 _VISR: Final = 0x100
 _VIRR: Final = 0x200
 _CLASS: Final = 0xF0
+_POSTED_FLAGS: Final = 32  # in the posted-interrupt descriptor, behind 256 requests
+_OUTSTANDING: Final = 1
 _EOI_EXIT_BITMAPS: Final = (
     F.EOI_EXIT_BITMAP_0,
     F.EOI_EXIT_BITMAP_1,
@@ -126,6 +128,23 @@ def virtualize_self_ipi(vcpu: Vcpu, nested: NestedVmx, vector: int) -> None:
     """SDM 3C "Self-IPI Virtualization"."""
     _bit(vcpu, nested, _VIRR, vector, on=True)
     _set_status(nested, rvi=max(_rvi(nested), vector), svi=_svi(nested))
+    _evaluate(vcpu, nested)
+
+
+def take_posted(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """SDM 3C "Posted-Interrupt Processing", from the clearing of the notification bit on."""
+    descriptor = nested.fields[F.POSTED_INTERRUPT_DESCRIPTOR_ADDRESS]
+    memory, highest = vcpu.memory, 0
+    flags = descriptor + _POSTED_FLAGS
+    memory.set_u64(flags, memory.u64(flags) & ~_OUTSTANDING)
+    for word in range(8):
+        requests = memory.u32(descriptor + 4 * word)
+        if requests:
+            memory.set_u32(descriptor + 4 * word, 0)
+            offset = _VIRR + 16 * word
+            write(vcpu, nested, offset, read(vcpu, nested, offset) | requests)
+            highest = word * 32 + requests.bit_length() - 1
+    _set_status(nested, rvi=max(_rvi(nested), highest), svi=_svi(nested))
     _evaluate(vcpu, nested)
 
 
