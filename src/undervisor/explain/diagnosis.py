@@ -258,6 +258,8 @@ def failure_sentence(failure: Failure) -> str:
     """How the entry ended, in the manual's words."""
     if failure.code is not None:
         return "#VMEXIT with VMEXIT_INVALID (-1): VMRUN found an illegal state"
+    if failure.error == 0:
+        return "VMfailInvalid: there was no current VMCS (VMPTRLD it first)"
     if failure.error is not None:
         try:
             text = VmInstructionError(failure.error).sentence

@@ -57,8 +57,8 @@ ROWS: tuple[tuple[str, str], ...] = (
     (r"unrestricted guest without EPT", "controls.unrestricted-guest.ept"),
     (r"VPID == 0", "controls.vpid.zero"),
     (r"VM Functions", "controls.vm-functions.may-be-one"),
-    (r"EPTP-SWITCHING: EPT", "controls.eptp-switching.ept"),
     (r"eptp list", "controls.eptp-list.aligned controls.eptp-list.width"),
+    (r"EPTP-SWITCHING: EPT", "controls.eptp-switching.ept"),
     (r"PML is enabled", "controls.pml.ept"),
     (r"PML base", "controls.pml.aligned controls.pml.width"),
     (r"SPP is enabled", "controls.sub-page-permissions.ept"),
@@ -230,7 +230,11 @@ _ERRORS: tuple[tuple[str, int], ...] = (
     (r"VMLAUNCH.*non-clear", 4),
     (r"VMRESUME.*non-launched", 5),
     (r"VMLAUNCH.*MOV_SS", 26),
-    (r"VMREAD|VMWRITE to unsupported", 12),
+    (r"VMCALL with launched", 19),
+    (r"VMPTRLD with VMXON", 10),
+    (r"VMCLEAR with invalid physical", 2),
+    (r"VMLEAR with VMXON", 3),
+    (r"with invalid VMCS ptr", 0),
 )
 
 
@@ -264,15 +268,19 @@ def read(lines: list[str]) -> list[Dump]:
     if last is None:
         return []
     dump = Dump("Bochs log", VMX, named=last[1])
-    dump.failure = Failure(error=error) if error else None
+    dump.failure = Failure(error=error) if error is not None else None
     dump.observations.append(
         Observation(
             "bochs.message",
             f"Bochs says: {last[0]}",
             "Bochs stops at the first failed check and prints no values"
             if last[1]
+            else "the instruction failed before any field was looked at"
+            if error is not None
             else "this message is not one of Bochs's checks that is known here",
-            "dump the VMCS fields of the rules below, or give them as `field = value` text",
+            "dump the VMCS fields of the rules below, or give them as `field = value` text"
+            if last[1]
+            else "",
             weight=5,
         )
     )

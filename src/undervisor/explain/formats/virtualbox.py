@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 
-from undervisor.arch.vmx.checks import RULES
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.vmx.fields import guest_segment
 from undervisor.explain.dump import VMX, Dump, Failure, Observation
@@ -46,7 +45,10 @@ _SIX = ("cs", "ss", "ds", "es", "fs", "gs")
 
 
 def _segment_rows(first: int, register: str, kinds: str) -> dict[int, str]:
-    return {first + n: f"guest.{register}.{kind}" for n, kind in enumerate(kinds.split(";"))}
+    return {
+        first + n: " ".join(f"{register}.{name}" for name in kind.split())
+        for n, kind in enumerate(kinds.split(";"))
+    }
 
 
 def _data_rows() -> dict[int, str]:
@@ -146,7 +148,6 @@ HM_ERRORS: dict[int, str] = {
     624: "guest.link.shadow",
     625: "guest.link.revision",
 }
-_KNOWN = {rule.id for rule in RULES}
 
 STATUSES: dict[str, tuple[str, str]] = {
     "VERR_VMX_INVALID_GUEST_STATE": (
@@ -204,8 +205,7 @@ STATUSES: dict[str, tuple[str, str]] = {
 def rules_of(number: int) -> list[str]:
     """The ids of the rules that an HM error number means."""
     names = HM_ERRORS.get(number, "").split()
-    whole = [n if n.startswith("guest.") else f"guest.{n}" for n in names]
-    return [f"vmx.{name}" for name in whole if f"vmx.{name}" in _KNOWN]
+    return [f"vmx.guest.{name.removeprefix('guest.')}" for name in names]
 
 
 def read(lines: list[str]) -> list[Dump]:
