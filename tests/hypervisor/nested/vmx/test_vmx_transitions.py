@@ -694,3 +694,25 @@ def test_activity_state_hlt_waits_for_an_event(lab):
     assert run.vector == 2
     assert run[F.ENTRY_INTERRUPTION_INFORMATION] & VALID == 0
     assert STACK
+
+
+# -- VPID ------------------------------------------------------------------------------------------
+
+
+def test_a_vpid_must_not_be_0(lab):
+    vpid = lab.secondary(enable_vpid=1)
+    assert lab.run("cpuid", vpid | {F.VPID: 0}).error == 7
+    assert lab.run("cpuid", vpid | {F.VPID: 1}).reason is R.CPUID
+
+
+def test_translations_of_one_vpid_are_not_seen_by_another(lab):
+    """L2 changes a table without INVLPG, and another L2 with its own VPID sees the new one."""
+    pages = lab.pages()
+    vpid = lab.secondary(enable_vpid=1)
+    lab.memory.write(DATA, b"first...")
+    lab.memory.write(DATA + 0x1000, b"second..")
+    run = lab.run("mov (%rbx), %rax", pages | vpid | {F.VPID: 1}, {"rbx": DATA})
+    assert run.registers["rax"].to_bytes(8, "little") == b"first..."
+    lab.memory.set_u64(lab.pte(DATA), DATA + 0x1000 | 7)
+    run = lab.run("mov (%rbx), %rax", vpid | {F.GUEST_CR3: 0x660000, F.VPID: 2}, {"rbx": DATA})
+    assert run.registers["rax"].to_bytes(8, "little") == b"second.."

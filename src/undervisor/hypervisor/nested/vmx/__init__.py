@@ -202,10 +202,6 @@ class NestedVmx:
         if number in vcpu.msrs:
             vcpu.msrs[number] = value
 
-    def xss(self, vcpu: Vcpu) -> int:
-        """IA32_XSS."""
-        return vcpu.msrs.get(Msr.XSS, 0)
-
     def shadow_is_mov_ss(self, vcpu: Vcpu) -> bool:
         """Whether it is MOV SS or POP SS, not STI, whose shadow L2's next instruction is in."""
         return events.shadow_is_mov_ss(vcpu, self)

@@ -452,9 +452,6 @@ def undefined(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
         return leave(vcpu, nested, random[1], length=decoded.len, information=extra)
     if decoded.mnemonic == Mnemonic.INVPCID and _invpcid_exits(vcpu, nested):
         return _with_operand(vcpu, nested, decoded, R.INVPCID)
-    saves = _extended_state(vcpu, nested, decoded)
-    if saves is not None:
-        return saves
     verdict = exceptions.undefined(vcpu, exit)
     return None if isinstance(verdict, Inject) and verdict.fault.vector == Vector.UD else verdict
 
@@ -497,23 +494,6 @@ def _with_operand(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction, re
         length=decoded.len,
         information=extra,
     )
-
-
-def _extended_state(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict | None:
-    """XSAVES and XRSTORS exit for components in the XSS-exiting bitmap."""
-    if decoded.mnemonic in (Mnemonic.XSAVES, Mnemonic.XSAVES64):
-        reason = R.XSAVES
-    elif decoded.mnemonic in (Mnemonic.XRSTORS, Mnemonic.XRSTORS64):
-        reason = R.XRSTORS
-    else:
-        return None
-    if not nested.secondary & S.enable_xsaves or not vcpu.has("xsaves"):
-        return None
-    q = vcpu.state.q
-    wanted = (q[2] & 0xFFFF_FFFF) << 32 | q[0] & 0xFFFF_FFFF
-    if wanted & nested.fields[F.XSS_EXITING_BITMAP] & nested.xss(vcpu):
-        return _with_operand(vcpu, nested, decoded, reason)
-    return None
 
 
 def silicon_nothing(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> None:
