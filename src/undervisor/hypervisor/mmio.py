@@ -85,6 +85,11 @@ def _is_device(vcpu: Vcpu, hpa: int) -> bool:
     return 0xA0000 <= hpa < 0xC0000 or vcpu.machine.platform.mmio[vcpu.index].covers(hpa)
 
 
+def knows(decoded: decode.Instruction) -> bool:
+    """Whether `emulate` can carry the instruction out."""
+    return decoded.mnemonic in _OPERATIONS
+
+
 def emulate(vcpu: Vcpu) -> Verdict:
     """Carry out the instruction at the instruction pointer."""
     decoded = decode.instruction(vcpu)

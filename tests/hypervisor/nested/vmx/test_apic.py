@@ -4,7 +4,7 @@ SDM 3C "APIC Virtualization and Virtual Interrupts".
 """
 
 import pytest
-from vmx_lab import CODE, DATA, IDT, PD, VALID, gate
+from vmx_lab import CODE, DATA, IDT, PD, VALID, Lab, gate
 
 from undervisor.arch.vmx.controls import PrimaryControls
 from undervisor.arch.vmx.exits import ExitReason as R
@@ -110,6 +110,46 @@ def test_an_access_beyond_the_register_exits(lab, source, offset, kind):
     run = lab.run(source, apic(lab), {"rbx": ACCESS + offset})
     at = offset + (2 if source.startswith("mov 2") else 0)
     assert (run.reason, run.qualification) == (R.APIC_ACCESS, at | kind)
+
+
+def test_an_instruction_that_is_not_virtualized_exits(lab):
+    run = lab.run("pushq (%rbx)", apic(lab), {"rbx": ACCESS + TPR})
+    assert (run.reason, run.qualification) == (R.APIC_ACCESS, TPR | READ)
+    run = lab.run("cmpl $5, (%rbx); incl (%rbx)", apic(lab), {"rbx": ACCESS + TPR})
+    assert (run.reason, run.qualification & 0xFFF) == (R.APIC_ACCESS, TPR)
+    assert run[F.GUEST_RIP] == CODE + 3
+
+
+def test_arithmetic_on_the_tpr_is_virtualized(lab):
+    fields = apic(lab)
+    lab.memory.set_u32(VAPIC + TPR, 0x30)
+    run = lab.run("orl $0x41, (%rbx); andl $0x7f, (%rbx)", fields, {"rbx": ACCESS + TPR})
+    assert (run.reason, lab.memory.u32(VAPIC + TPR)) == (R.VMCALL, 0x71)
+
+
+def test_string_moves_go_through_the_page(lab):
+    fields = apic(lab, apic_register_virtualization=1)
+    lab.memory.set_u32(VAPIC + 0x20, SIGNATURE)
+    registers = {"rsi": ACCESS + 0x20, "rdi": DATA, "rcx": 1}
+    run = lab.run("rep movsl", fields, registers)
+    assert (run.reason, lab.memory.u32(DATA)) == (R.VMCALL, SIGNATURE)
+    registers = {"rsi": DATA, "rdi": ACCESS + 0x380, "rcx": 2}
+    run = lab.run("rep movsl", fields, registers)
+    assert (run.reason, run.qualification) == (R.APIC_WRITE, 0x380)
+    assert (run.registers["rcx"], run[F.GUEST_RIP]) == (1, CODE)
+    run = lab.resume({}, run.registers)
+    assert (run.reason, run.qualification) == (R.APIC_ACCESS, 0x384 | WRITE)
+
+
+def test_vmxoff_gives_the_page_back():
+    lab = Lab()
+    assert (
+        lab.run("mov (%rbx), %eax", apic(lab, ept=False), {"rbx": ACCESS}).reason is R.APIC_ACCESS
+    )
+    assert lab.vcpu.window is not None
+    lab.ask(("vmxoff",))
+    assert lab.vcpu.window is None
+    assert lab.vcpu.nested.flat is None
 
 
 def test_parts_of_a_register_are_read(lab):

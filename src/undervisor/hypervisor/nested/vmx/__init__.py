@@ -16,6 +16,7 @@ from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.nested import Handler
 from undervisor.hypervisor.nested.vmx import (
+    apic,
     events,
     functions,
     instructions,
@@ -196,6 +197,7 @@ class NestedVmx:
         self.resident = self.host_of = None
         self.timer_deadline = None
         paging.release(self)
+        apic.release(vcpu, self)
 
     def save_msr(self, vcpu: Vcpu, number: Msr, value: int) -> None:
         """Set an MSR that the model may lack."""

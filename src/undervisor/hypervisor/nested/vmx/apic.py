@@ -54,14 +54,20 @@ def merge(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
     wanted = nested.secondary & SecondaryControls.virtualize_apic_accesses
     page = fields[F.APIC_ACCESS_ADDRESS] if wanted else None
     if page != nested.apic_access_page:
-        nested.apic_access_page = page
         for shadow in nested.shadows.values():
             shadow.clear()
-        if nested.flat is not None:
-            nested.flat.release()
-            nested.flat = None
+        release(vcpu, nested)
+        if page is not None:
+            nested.apic_access_page, vcpu.window = page, Window(vcpu, nested, page)
     nested.tpr_shadow = bool(nested.primary & PrimaryControls.use_tpr_shadow)
-    vcpu.window = Window(vcpu, nested, page) if page is not None else None
+
+
+def release(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """VMX operation ends: no page is special, and no tables are kept for one."""
+    if nested.flat is not None:
+        nested.flat.release()
+        nested.flat = None
+    nested.apic_access_page, vcpu.window = None, None
 
 
 def tables_without_ept(vcpu: Vcpu, nested: NestedVmx) -> NestedTables:
@@ -132,8 +138,9 @@ def access(vcpu: Vcpu, nested: NestedVmx, event: Exit, gpa: int) -> Verdict:
     if event.info1 & _SILICON_FETCH:
         return _leave(vcpu, nested, ApicAccessType.LINEAR_FETCH, offset)
     writes = bool(event.info1 & _SILICON_WRITE)
-    size = decode.memory_size(decode.instruction(vcpu))
-    if not (_may_write if writes else _may_read)(nested, offset, size):
+    decoded = decode.instruction(vcpu)
+    allowed = (_may_write if writes else _may_read)(nested, offset, decode.memory_size(decoded))
+    if not allowed or not mmio.knows(decoded):  # a processor may exit where it could virtualize
         kind = ApicAccessType.LINEAR_WRITE if writes else ApicAccessType.LINEAR_READ
         return _leave(vcpu, nested, kind, offset)
     return mmio.emulate(vcpu)
