@@ -63,25 +63,29 @@ def test_quadwords_are_little_endian_and_all_ones_where_absent(memory):
 
 
 def test_a_private_frame_is_a_zeroed_page_that_no_guest_can_name(memory):
-    first, second = memory.allocate(), memory.allocate()
+    first, second = memory.frames.allocate(), memory.frames.allocate()
     assert first != second
     assert first >= PRIVATE_BASE
     assert not memory.is_ram(first)
-    assert bytes(memory.view(first)) == bytes(PAGE)
+    assert bytes(memory.frames.view(first)) == bytes(PAGE)
+    memory.set_u64(first, 1)
+    memory.write(first, b"x")
+    assert memory.read(first, 8) == b"\xff" * 8
+    assert bytes(memory.frames.view(first)) == bytes(PAGE)
 
 
 def test_a_released_frame_comes_back_zeroed(memory):
-    frame = memory.allocate()
-    memory.view(frame)[:] = b"x" * PAGE
-    memory.release(frame)
-    assert memory.allocate() == frame
-    assert bytes(memory.view(frame)) == bytes(PAGE)
+    frame = memory.frames.allocate()
+    memory.frames.view(frame)[:] = b"x" * PAGE
+    memory.frames.release(frame)
+    assert memory.frames.allocate() == frame
+    assert bytes(memory.frames.view(frame)) == bytes(PAGE)
 
 
 def test_private_memory_ends_with_a_clear_error(memory):
     with pytest.raises(MemoryError, match="full"):  # noqa: PT012
         while True:
-            memory.allocate()
+            memory.frames.allocate()
 
 
 def test_a_view_of_what_is_not_there_is_refused(memory):

@@ -150,11 +150,11 @@ def test_the_cached_flags_are_those_that_the_emulators_own_vmrun_computes(
         shared.processor.reset()
         state.cr4 = 0x20  # else VMRUN there gives up half-way on a guest in long mode
         state.q[0] = vmcb.hpa
-        host = shared.memory.allocate()
+        host = shared.memory.frames.allocate()
         struct.pack_into("<Q", state.bytes, _VM_HSAVE, host)
         library.function("helper_vmrun")(state.env, 2, 0)
         theirs = state.hflags
-        shared.memory.release(host)
+        shared.memory.frames.release(host)
     finally:
         shared.processor.unpark(parked)
     assert ours == theirs | shadow << Hflags.INTERRUPT_SHADOW  # which VMRUN there forgets
@@ -276,7 +276,7 @@ def test_a_nested_fault_says_where_and_how(silicon):
         assert silicon.run_text("mov esi, 0x200123;" + text) == [NPF]
         assert silicon.state.error_code == error
         vmcb = silicon.state.q[Env.VMCB // 8]
-        assert silicon.memory.u64(vmcb + VmcbField.EXITINFO2) == 0x200123
+        assert silicon.memory.frames.u64(vmcb + VmcbField.EXITINFO2) == 0x200123
     assert silicon.run_text("mov esi, 0x201000; mov [rsi], eax") == [NPF]
     assert silicon.state.error_code == 7
 

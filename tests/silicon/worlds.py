@@ -40,16 +40,16 @@ class Silicon:
 
     def _nested_tables(self, special):
         """4-KiB pages, so that a test can change single ones: gpa -> entry."""
-        memory = self.memory
-        root, pdpt, directory = memory.allocate(), memory.allocate(), memory.allocate()
-        memory.set_u64(root, pdpt | 7)
-        memory.set_u64(pdpt, directory | 7)
+        frames = self.memory.frames
+        root, pdpt, directory = (frames.allocate() for _ in range(3))
+        frames.set_u64(root, pdpt | 7)
+        frames.set_u64(pdpt, directory | 7)
         for i in range(RAM >> 21):
-            table = memory.allocate()
-            memory.set_u64(directory + 8 * i, table | 7)
+            table = frames.allocate()
+            frames.set_u64(directory + 8 * i, table | 7)
             for j in range(512):
                 gpa = i << 21 | j << 12
-                memory.set_u64(table + 8 * j, special.get(gpa, gpa | 7))
+                frames.set_u64(table + 8 * j, special.get(gpa, gpa | 7))
         return root
 
     def vmcb(self, *intercepts):
@@ -58,9 +58,9 @@ class Silicon:
         words = intercept_mask(*USUAL, *intercepts)
         vmcb.b[0:24] = b"".join(word.to_bytes(4, "little") for word in words)
         vmcb.n_cr3, vmcb.nested_control, vmcb.guest_asid = self.root, 1, 1
-        msrpm = [self.memory.allocate() for _ in range(2)]
+        msrpm = [self.memory.frames.allocate() for _ in range(2)]
         for frame in msrpm:
-            self.memory.view(frame)[:] = b"\xff" * 4096
+            self.memory.frames.view(frame)[:] = b"\xff" * 4096
         vmcb.msrpm_base_pa = msrpm[0]
         return vmcb
 

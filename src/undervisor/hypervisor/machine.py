@@ -151,10 +151,10 @@ class Machine:
     def all_msrs(self) -> int:
         """An MSR permission map that intercepts every access; two contiguous private pages."""
         if not hasattr(self, "_msrpm"):
-            first, second = self.memory.allocate(), self.memory.allocate()
+            first, second = self.memory.frames.allocate(), self.memory.frames.allocate()
             assert second == first + 4096, "private frames come in order at start-up"
             for frame in (first, second):
-                self.memory.view(frame)[:] = b"\xff" * 4096
+                self.memory.frames.view(frame)[:] = b"\xff" * 4096
             self._msrpm = first
         return self._msrpm
 

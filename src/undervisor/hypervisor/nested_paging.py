@@ -28,21 +28,21 @@ class NestedTables:
     """One tree of four levels in private frames, in the form that AMD's nested paging wants."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self.root = memory.allocate()
+        self._frames = memory.frames
+        self.root = self._frames.allocate()
         self._tables = [self.root]
 
     def clear(self) -> None:
         """Forget every translation and give back all frames but the root."""
         for table in self._tables[1:]:
-            self._memory.release(table)
+            self._frames.release(table)
         del self._tables[1:]
-        self._memory.view(self.root)[:] = bytes(PAGE)
+        self._frames.view(self.root)[:] = bytes(PAGE)
 
     def release(self) -> None:
         """Give back every frame; the tree is dead after this."""
         for table in self._tables:
-            self._memory.release(table)
+            self._frames.release(table)
         self._tables.clear()
 
     def map(self, gpa: int, hpa: int, shift: int, rights: int) -> None:
@@ -50,20 +50,20 @@ class NestedTables:
 
         `rights` is made of `PRESENT`, `WRITABLE`, `USER` and `NO_EXECUTE`.
         """
-        memory, table = self._memory, self.root
+        frames, table = self._frames, self.root
         for level in _SHIFTS:
             where = table | (gpa >> (level - 3) & 0xFF8)
             if level == shift:
                 leaf = hpa & ~((1 << shift) - 1) | rights | (LARGE if shift > 12 else 0)
-                memory.set_u64(where, leaf)
+                frames.set_u64(where, leaf)
                 return
-            entry = memory.u64(where)
+            entry = frames.u64(where)
             if not entry & PRESENT:
                 entry = self._new_table() | ALL
-                memory.set_u64(where, entry)
+                frames.set_u64(where, entry)
             elif entry & LARGE:
                 entry = self._split(entry, level) | ALL
-                memory.set_u64(where, entry)
+                frames.set_u64(where, entry)
             table = entry & ADDRESS
         raise ValueError(f"no page has {1 << shift} bytes")
 
@@ -75,7 +75,7 @@ class NestedTables:
         """The leaf entry that translates `gpa`, 0 where none does."""
         table = self.root
         for level in _SHIFTS:
-            entry = self._memory.u64(table | (gpa >> (level - 3) & 0xFF8))
+            entry = self._frames.u64(table | (gpa >> (level - 3) & 0xFF8))
             if not entry & PRESENT:
                 return 0
             if level == 12 or entry & LARGE:
@@ -84,7 +84,7 @@ class NestedTables:
         return 0
 
     def _new_table(self) -> int:
-        table = self._memory.allocate()
+        table = self._frames.allocate()
         self._tables.append(table)
         return table
 
@@ -95,7 +95,7 @@ class NestedTables:
         base = leaf & ADDRESS & ~((1 << level) - 1)
         rights = leaf & (ALL | NO_EXECUTE)
         for index in range(512):
-            self._memory.set_u64(table + 8 * index, base + index * step | rights | below_large)
+            self._frames.set_u64(table + 8 * index, base + index * step | rights | below_large)
         return table
 
 

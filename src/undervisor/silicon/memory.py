@@ -1,8 +1,9 @@
 """Host-physical memory: the guest's RAM, one `mmap` shared with the processor, and our own frames.
 
 Host-physical addresses equal L1's guest-physical ones: RAM from 0 to at most 3 GiB and the rest
-from 4 GiB, as on a PC.  Frames of our own (VMCBs, nested page tables) lie above `PRIVATE_BASE`,
-where no guest can name them.
+from 4 GiB, as on a PC.  Frames of our own (VMCBs, nested page tables) lie above `PRIVATE_BASE`.
+A guest may well name an address up there, so `Memory` never follows one: it is of RAM alone, and
+our frames are reached through `Memory.frames`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from undervisor.errors import BadInput
 
@@ -27,8 +28,46 @@ _U32 = struct.Struct("<I")
 _ABSENT = (1 << 64) - 1
 
 
+class Frames:
+    """Private pages by host-physical address; only for addresses that we made ourselves."""
+
+    def __init__(self) -> None:
+        self.buffer = mmap.mmap(-1, PRIVATE_SIZE)
+        self._fresh = iter(range(PRIVATE_BASE, PRIVATE_BASE + PRIVATE_SIZE, PAGE))
+        self._free: list[int] = []
+
+    def allocate(self) -> int:
+        """A zeroed page, by its host-physical address."""
+        if self._free:
+            frame = self._free.pop()
+            self.view(frame)[:] = bytes(PAGE)
+            return frame
+        try:
+            return next(self._fresh)
+        except StopIteration:
+            raise MemoryError("the silicon's private memory is full") from None
+
+    def release(self, frame: int) -> None:
+        """Give a page back."""
+        self._free.append(frame)
+
+    def u64(self, hpa: int) -> int:
+        """The 64-bit value at `hpa`."""
+        value: int = _U64.unpack_from(self.buffer, hpa - PRIVATE_BASE)[0]
+        return value
+
+    def set_u64(self, hpa: int, value: int) -> None:
+        """Write a 64-bit value, of a table or of a VMCB."""
+        _U64.pack_into(self.buffer, hpa - PRIVATE_BASE, value)
+
+    def view(self, frame: int) -> memoryview:
+        """A writable view of one page."""
+        offset = frame - PRIVATE_BASE
+        return memoryview(self.buffer)[offset : offset + PAGE]
+
+
 class Memory:
-    """RAM and private frames by host-physical address.
+    """RAM by host-physical address, and `frames` of our own.
 
     Absent memory reads as all ones and swallows writes, as on a PC.  `write` tells the processor
     that code may have changed; `set_u64` and `set_u32` do not and are for tables, never for code.
@@ -46,9 +85,7 @@ class Memory:
             self.ram = mmap.mmap(-1, size)
         except (OSError, ValueError) as error:
             raise BadInput(f"no {size >> 20} MiB of memory for the guest: {error}") from None
-        self.private = mmap.mmap(-1, PRIVATE_SIZE)
-        self._frames = _frames()
-        self._free: list[int] = []
+        self.frames = Frames()
         self.code_changed: Callable[[int, int], None] = lambda start, end: None
 
     # -- regions ------------------------------------------------------------------------------
@@ -59,7 +96,7 @@ class Memory:
         pieces = [(0, self.low, ram)]
         if self.size > self.low:
             pieces.append((HIGH_START, self.size - self.low, ram + self.low))
-        return [*pieces, (PRIVATE_BASE, PRIVATE_SIZE, _address_of(self.private))]
+        return [*pieces, (PRIVATE_BASE, PRIVATE_SIZE, _address_of(self.frames.buffer))]
 
     def ram_ranges(self) -> list[tuple[int, int]]:
         """`(start, end)` of the guest's RAM, in host- and so in L1's guest-physical addresses."""
@@ -78,24 +115,6 @@ class Memory:
             if start <= hpa < start + size:
                 return pointer + hpa - start
         raise ValueError(f"{hpa:#x} is no memory")
-
-    # -- frames of our own --------------------------------------------------------------------
-
-    def allocate(self) -> int:
-        """A zeroed private page, by its host-physical address."""
-        if self._free:
-            frame = self._free.pop()
-            offset = frame - PRIVATE_BASE
-            self.private[offset : offset + PAGE] = bytes(PAGE)
-            return frame
-        try:
-            return next(self._frames)
-        except StopIteration:
-            raise MemoryError("the silicon's private memory is full") from None
-
-    def release(self, frame: int) -> None:
-        """Give a private page back."""
-        self._free.append(frame)
 
     # -- access -------------------------------------------------------------------------------
 
@@ -155,10 +174,10 @@ class Memory:
             self.write(start, bytes(min(1 << 20, hpa + size - start)))
 
     def view(self, frame: int) -> memoryview:
-        """A writable view of one page, in RAM or private; ValueError where there is none."""
+        """A writable view of one page of RAM; ValueError where there is none."""
         buffer, offset = self._find(frame, PAGE)
         if buffer is None:
-            raise ValueError(f"{frame:#x} is no page of memory")
+            raise ValueError(f"{frame:#x} is no page of RAM")
         return memoryview(buffer)[offset : offset + PAGE]
 
     def _find(self, hpa: int, size: int) -> tuple[mmap.mmap | None, int]:
@@ -166,15 +185,9 @@ class Memory:
         end = hpa + size
         if hpa >= 0 and end <= self.low:
             return self.ram, hpa
-        if hpa >= PRIVATE_BASE and end <= PRIVATE_BASE + PRIVATE_SIZE:
-            return self.private, hpa - PRIVATE_BASE
         if hpa >= HIGH_START and end <= HIGH_START + self.size - self.low:
             return self.ram, hpa - HIGH_START + self.low
         return None, 0
-
-
-def _frames() -> Iterator[int]:
-    yield from range(PRIVATE_BASE, PRIVATE_BASE + PRIVATE_SIZE, PAGE)
 
 
 def _address_of(buffer: mmap.mmap) -> int:

@@ -47,9 +47,9 @@ class SiliconVmcb(Vmcb):
     __slots__ = ("hpa", "pointer")
 
     def __init__(self, memory: Memory) -> None:
-        self.hpa = memory.allocate()
+        self.hpa = memory.frames.allocate()
         self.pointer = memory.host_pointer(self.hpa)
-        super().__init__(memory.view(self.hpa))
+        super().__init__(memory.frames.view(self.hpa))
 
 
 class Processor:
@@ -337,7 +337,9 @@ class Processor:
     def _record(self, event: int, error_code: int) -> None:
         """EVENTINJ of the running VMCB: what an exit during delivery finds as EXITINTINFO."""
         vmcb = self.state.q[Env.VMCB // 8]
-        self.memory.set_u64(vmcb + VmcbField.EVENTINJ, error_code << 32 | event | _EVENT_VALID)
+        self.memory.frames.set_u64(
+            vmcb + VmcbField.EVENTINJ, error_code << 32 | event | _EVENT_VALID
+        )
 
     def take_interrupted_event(self) -> int:
         """The event in whose delivery this exit happened, in EXITINTINFO form; 0 where none.
@@ -345,10 +347,10 @@ class Processor:
         Where an instruction asked for it (INT n, INT3, INTO), RIP is behind that instruction.
         """
         where = self.state.q[Env.VMCB // 8] + VmcbField.EVENTINJ
-        event = self.memory.u64(where)
+        event = self.memory.frames.u64(where)
         if not event & _EVENT_VALID:
             return 0
-        self.memory.set_u64(where, 0)
+        self.memory.frames.set_u64(where, 0)
         return event
 
     @property

@@ -248,7 +248,7 @@ def test_frames_of_l0_cannot_be_named():
 def test_running_out_of_frames_starts_the_shadows_anew(monkeypatch):
     touch = "".join(f"mov {page:#x}, %eax;" for page in range(0x200000, 0xE00000, 0x200000))
     world = World(touch, nested=12)
-    allocate, calls = world.memory.allocate, []
+    allocate, calls = world.memory.frames.allocate, []
 
     def scarce():
         calls.append(1)
@@ -256,7 +256,7 @@ def test_running_out_of_frames_starts_the_shadows_anew(monkeypatch):
             raise MemoryError
         return allocate()
 
-    monkeypatch.setattr(world.memory, "allocate", scarce)
+    monkeypatch.setattr(world.memory.frames, "allocate", scarce)
     world.run()
     assert world.vmcb.exitcode == ExitCode.VMMCALL
     assert len(calls) > 8

@@ -39,14 +39,13 @@ from undervisor.hypervisor.nested_paging import (
     NestedTables,
 )
 from undervisor.hypervisor.verdict import RESUME, Verdict
-from undervisor.silicon.memory import PAGE, PRIVATE_BASE, Memory
+from undervisor.silicon.memory import PAGE, Memory
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.exit import Exit
     from undervisor.hypervisor.nested.svm.state import SvmState
     from undervisor.hypervisor.vcpu import Vcpu
 
-_ABSENT: Final = (1 << 64) - 1
 _SHADOWS: Final = 4
 _MOST_KNOWN: Final = 1 << 16
 # Up to so many tables of L1's are compared at each entry, more only where L1 asks for a flush.
@@ -87,7 +86,7 @@ class Shadow:
 
     def walk(self, gpa: int, access: int, purpose: Purpose = Purpose.FINAL_ADDRESS) -> NestedWalk:
         """Translate by L1's tables, set their A and D bits and remember what was looked at."""
-        found = nested_walk(self.rules, self.n_cr3, gpa, access, self._read, purpose)
+        found = nested_walk(self.rules, self.n_cr3, gpa, access, self._memory.u64, purpose)
         if isinstance(found, Translation):
             for address, value in nested_updates(found, access, purpose):
                 if self._memory.is_ram(address, 8):
@@ -95,10 +94,6 @@ class Shadow:
                     self.seen.pop(address & -PAGE, None)
             self._remember(found)
         return found
-
-    def _read(self, address: int) -> int:
-        """An entry of L1's; nobody but us can name our own frames."""
-        return _ABSENT if address >= PRIVATE_BASE else self._memory.u64(address)
 
     def _remember(self, found: Translation) -> None:
         root = self.n_cr3 & Entry.address
