@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR
-from undervisor.cli import capability_sources
+from undervisor.cli import capability_devices, capability_sources
 from undervisor.cli.main import main
 from undervisor.errors import BadInput
 
@@ -163,9 +163,9 @@ class Kvm:
 
     def __call__(self, number, request, buffer):
         self.asked.append(request)
-        if request == capability_sources.KVM_GET_API_VERSION:
+        if request == capability_devices.KVM_GET_API_VERSION:
             return self.version
-        if request == capability_sources.KVM_GET_MSR_FEATURE_INDEX_LIST:
+        if request == capability_devices.KVM_GET_MSR_FEATURE_INDEX_LIST:
             struct.pack_into(f"I{len(MSRS) + 1}I", buffer, 0, len(MSRS) + 1, 0x10A, *MSRS)
             return 0
         (index,) = struct.unpack_from("I", buffer, 8)
@@ -179,7 +179,7 @@ def test_kvms_feature_msrs_are_read_without_root(monkeypatch, tmp_path):
     device = tmp_path / "kvm"
     device.write_bytes(b"")
     kvm = Kvm()
-    monkeypatch.setattr(capability_sources.fcntl, "ioctl", kvm)
+    monkeypatch.setattr(capability_devices.fcntl, "ioctl", kvm)
     found = capability_sources.from_kvm(str(device))
     assert found.msrs == {i: v for i, v in MSRS.items() if i != 0x493}
     # Only what reads: version, the list of feature MSRs, and their values.
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_kvm_is_refused(monkeypatch, tmp_path):
     device.write_bytes(b"")
     with pytest.raises(BadInput):
         capability_sources.from_kvm(str(device))
-    monkeypatch.setattr(capability_sources.fcntl, "ioctl", Kvm(version=1))
+    monkeypatch.setattr(capability_devices.fcntl, "ioctl", Kvm(version=1))
     with pytest.raises(BadInput):
         capability_sources.from_kvm(str(device))
     with pytest.raises(BadInput):

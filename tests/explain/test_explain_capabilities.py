@@ -10,7 +10,8 @@ from undervisor.arch.bits import Register
 from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR, VmxMsr
 from undervisor.arch.vmx.controls import CONTROL_WORDS
 from undervisor.errors import BadInput
-from undervisor.explain.capabilities import CapabilitySet, from_msrs, load, parse
+from undervisor.explain.capabilities import CapabilitySet, from_msrs
+from undervisor.explain.capability_texts import load, parse
 from undervisor.explain.comparison import compare, cpu_option, libvirt_lines, qemu_switches
 from undervisor.explain.features import (
     SHORT,

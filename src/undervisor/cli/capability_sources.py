@@ -13,29 +13,20 @@ A source is a word:
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import glob
 import os
 import re
-import struct
 from collections.abc import Iterator
 
 from undervisor.arch.vmx.capabilities import VmxMsr
+from undervisor.cli import capability_devices as devices
 from undervisor.errors import BadInput
-from undervisor.explain.capabilities import MOST, MSRS, CapabilitySet, load, msr_index
+from undervisor.explain.capabilities import MSRS, CapabilitySet
+from undervisor.explain.capability_texts import load, msr_index
 from undervisor.guest.probe.batch import BatchCore
 from undervisor.guest.probe.l1 import Runner
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host
 from undervisor.host.fact import Known
-
-KVM_DEVICE = "/dev/kvm"
-KVM_GET_API_VERSION = 0xAE00
-KVM_GET_MSR_FEATURE_INDEX_LIST = 0xC004_AE0A
-KVM_GET_MSRS = 0xC008_AE88
-KVM_API_VERSION = 12
-MOST_FEATURE_MSRS = 512
 
 _INLINE = re.compile(r"\s*(\w+)\s*[=:]\s*((?:0x)?[0-9a-fA-F_]+)\s*\Z")
 _SVM_LEAF, _WIDTHS_LEAF = 0x8000_000A, 0x8000_0008
@@ -82,13 +73,13 @@ def _inline(word: str) -> CapabilitySet | None:
     return found
 
 
-# --- This machine ---------------------------------------------------------------------------------
+# --- This machine -------------------------------------------------------------------------------
 
 
 def _here() -> CapabilitySet:
-    """The msr devices, or else /dev/kvm, which needs no root."""
+    """The msr devices, or else /dev/kvm, which needs no root, or else CPUID, enough for SVM."""
     reasons = []
-    for read in (_from_msr_devices, from_kvm):
+    for read in (_from_msr_devices, from_kvm, _from_cpuid):
         try:
             found = read()
         except BadInput as error:
@@ -96,93 +87,37 @@ def _here() -> CapabilitySet:
             continue
         found.name = "this machine"
         return found
-    raise BadInput("this machine's capabilities can't be read: " + "; ".join(reasons))
+    raise BadInput(
+        "this machine's capabilities can't be read: " + "; ".join(reasons),
+        hint="as root with the module msr, or in the group kvm with nesting enabled",
+    )
+
+
+def _from_cpuid() -> CapabilitySet:
+    found = CapabilitySet("CPUID")
+    _add_leaves(found)
+    if not found.vendor:
+        raise BadInput("CPUID reports no SVM")
+    return found
 
 
 def _from_msr_devices() -> CapabilitySet:
     """Every processor's MSRs from /dev/cpu/N/msr."""
-    found = CapabilitySet("the msr devices")
-    paths = sorted(glob.glob("/dev/cpu/[0-9]*/msr"), key=lambda p: int(p.split("/")[3]))[:MOST]
-    if not paths:
-        raise BadInput("there are no msr devices", hint="modprobe msr")
-    for path in paths:
-        try:
-            found.cpus.append(_device_msrs(path))
-        except OSError as error:
-            raise BadInput(f"{path}: {error.strerror}", hint="run it as root") from None
-    if not any(found.cpus):
-        _add_leaves(found, "")
-        if found.svm is None:
-            raise BadInput("the processor has no VMX capability MSRs")
-        return found
-    _add_leaves(found, "")
+    found = CapabilitySet("the msr devices", devices.msr_devices())
+    _add_leaves(found)
+    if not found.vendor:
+        raise BadInput("the processor has no VMX capability MSRs")
     return found
 
 
-def _device_msrs(path: str) -> dict[int, int]:
-    msrs = {}
-    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for index in sorted(MSRS):
-            try:
-                raw = os.pread(number, 8, index)
-            except OSError as error:
-                if error.errno == errno.EIO:  # the MSR's own #GP: this processor lacks it
-                    continue
-                raise
-            if len(raw) == 8:
-                msrs[index] = int.from_bytes(raw, "little")
-    finally:
-        os.close(number)
-    if VmxMsr.IA32_VMX_BASIC not in msrs:
-        return {}
-    return msrs
-
-
-def from_kvm(path: str = KVM_DEVICE) -> CapabilitySet:
-    """What KVM would offer to a guest: its feature MSRs, read without changing anything."""
-    try:
-        number = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        hint = "be in the group kvm" if error.errno == errno.EACCES else ""
-        raise BadInput(f"{path}: {error.strerror}", hint=hint) from None
-    try:
-        if fcntl.ioctl(number, KVM_GET_API_VERSION, 0) != KVM_API_VERSION:
-            raise BadInput(f"{path} is not KVM, or not of an API that is known")
-        indexes = _feature_indexes(number)
-        msrs = {}
-        for index in indexes:
-            value = _feature_msr(number, index)
-            if value is not None:
-                msrs[index] = value
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    finally:
-        os.close(number)
+def from_kvm(path: str = devices.KVM_DEVICE) -> CapabilitySet:
+    """What KVM would offer to a guest: its feature MSRs."""
+    msrs = devices.kvm_feature_msrs(path)
     found = CapabilitySet("KVM's feature MSRs", [msrs] if msrs else [])
-    _add_leaves(found, "")
+    _add_leaves(found)
     if not found.vendor:
         raise BadInput("KVM offers no VMX here", hint="modprobe kvm_intel nested=1")
     return found
-
-
-def _feature_indexes(number: int) -> list[int]:
-    """The VMX MSRs among those that KVM can be asked for."""
-    buffer = bytearray(struct.pack("I", MOST_FEATURE_MSRS) + bytes(4 * MOST_FEATURE_MSRS))
-    fcntl.ioctl(number, KVM_GET_MSR_FEATURE_INDEX_LIST, buffer)
-    (count,) = struct.unpack_from("I", buffer)
-    count = min(count, MOST_FEATURE_MSRS)
-    return [i for i in struct.unpack_from(f"{count}I", buffer, 4) if i in MSRS]
-
-
-def _feature_msr(number: int, index: int) -> int | None:
-    """One feature MSR: struct kvm_msrs with one entry."""
-    buffer = bytearray(struct.pack("IIIIQ", 1, 0, index, 0, 0))
-    try:
-        done = fcntl.ioctl(number, KVM_GET_MSRS, buffer)
-    except OSError:
-        return None
-    return int(struct.unpack_from("Q", buffer, 16)[0]) if done == 1 else None
 
 
 # --- Other machines -------------------------------------------------------------------------------
@@ -216,8 +151,8 @@ def _from_host(host: str = "", recording: str = "", ssh_config: str = "") -> Cap
     return found
 
 
-def _add_leaves(found: CapabilitySet, recording: str) -> None:
-    with _opened("", recording, "") as opened:
+def _add_leaves(found: CapabilitySet) -> None:
+    with _opened("", "", "") as opened:
         _leaves(found, opened)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from undervisor.cli.printing import console, put, put_json
 from undervisor.errors import BadInput, ExitCode
 from undervisor.explain import numbers
-from undervisor.explain.capabilities import load_vmx
+from undervisor.explain.capability_texts import load_vmx
 from undervisor.explain.diagnosis import (
     AnyRule,
     AnyViolation,

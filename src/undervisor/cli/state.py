@@ -11,7 +11,7 @@ from rich.console import Console
 from undervisor.cli.explain import CapsOption, print_diagnosis
 from undervisor.cli.printing import console, put, put_json
 from undervisor.errors import BadInput, ExitCode
-from undervisor.explain.capabilities import load_vmx
+from undervisor.explain.capability_texts import load_vmx
 from undervisor.explain.diagnosis import diagnose
 from undervisor.explain.dump import field_name
 from undervisor.explain.formats import nested_state
