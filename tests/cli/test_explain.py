@@ -150,3 +150,23 @@ def test_the_register_dump_of_a_jump_into_the_video_hole_is_explained(capsys):
     assert code == 1
     for text in ("RIP 0xb0000", "video hole", "KVM_INTERNAL_ERROR_EMULATION", "FFH", "64-bit mode"):
         assert text in output.out
+
+
+def test_the_svm_leaf_of_the_users_processor_decides(capsys, tmp_path):
+    caps = tmp_path / "caps.json"
+    leaf = {"eax": "0x1", "ebx": "0x8000", "ecx": "0x0", "edx": "0xbcff"}
+    caps.write_text(json.dumps({"svm": leaf, "physical_address_width": 32}))
+    dump = str(DUMPS / "kvm-svm-6-clean.txt")
+    code, output = run(capsys, dump, "--caps", str(caps), "--json")
+    assert code == 1
+    data = json.loads(output.out)
+    assert data["capabilities"] == "given"
+    assert "svm.np.n_cr3.width" in {row["id"] for row in data["broken"]}
+
+
+def test_capabilities_of_the_other_vendor_are_not_used(capsys, tmp_path):
+    caps = tmp_path / "caps.json"
+    caps.write_text(json.dumps({"cpus": [{"0x480": "0xda040000000004"}]}))
+    code, output = run(capsys, str(DUMPS / "kvm-svm-6-clean.txt"), "--caps", str(caps), "--json")
+    assert code == 0
+    assert json.loads(output.out)["capabilities"].startswith("assumed")

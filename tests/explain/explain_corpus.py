@@ -203,7 +203,7 @@ CORPUS["vmcb-injection.bin"] = (
 
 # --- QEMU -----------------------------------------------------------------------------------------
 
-SEED_CODE = "00 " * 20 + "<ff>" + " ff" * 28
+SLIDE = "00 " * 20 + "<ff>" + " ff" * 28
 CORPUS["qemu-emulation-failure.txt"] = (
     qemu(
         ["KVM internal error. Suberror: 1", "emulation failure"],
@@ -214,7 +214,7 @@ CORPUS["qemu-emulation-failure.txt"] = (
         cr4=0x660,
         cr3=0x3FC0_1000,
         rflags=0x10096,
-        code=SEED_CODE,
+        code=SLIDE,
     ),
     found(QEMU, observations=["guest.rip-place", "kvm.suberror-1", "guest.code-unmapped"]),
 )

@@ -158,9 +158,6 @@ def test_default1_controls_are_told_from_forced_ones():
     assert setting(feature, {}) is Setting.UNKNOWN
 
 
-SEED_HOST, SEED_GUEST = 0x1F_7CFF_0000_0000, 0x3_78EF_0000_0000
-
-
 def test_the_two_control_values_give_the_lost_controls_with_xsaves_first():
     first = from_msrs("host", {0x48B: 0x1F_7CFF_0000_0000})
     second = from_msrs("guest", {0x48B: 0x3_78EF_0000_0000})

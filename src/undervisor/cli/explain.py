@@ -10,7 +10,7 @@ from rich.console import Console
 from undervisor.cli.printing import console, put, put_json
 from undervisor.errors import BadInput, ExitCode
 from undervisor.explain import numbers
-from undervisor.explain.capability_texts import load_vmx
+from undervisor.explain.capability_texts import load_for_rules
 from undervisor.explain.diagnosis import (
     AnyRule,
     AnyViolation,
@@ -75,7 +75,7 @@ def explain(
     if not file:
         raise BadInput("what is to be explained?", hint="name a file, or - for standard input")
     dumps = read_file(file)
-    diagnosis = first_with_findings(dumps, load_vmx(caps) if caps else None)
+    diagnosis = first_with_findings(dumps, load_for_rules(caps) if caps else None)
     if as_json:
         put_json(diagnosis_data(diagnosis, len(dumps)))
     else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from undervisor.cli.explain import CapsOption, print_diagnosis
 from undervisor.cli.printing import console, put, put_json
 from undervisor.errors import BadInput, ExitCode
-from undervisor.explain.capability_texts import load_vmx
+from undervisor.explain.capability_texts import load_for_rules
 from undervisor.explain.diagnosis import diagnose
 from undervisor.explain.dump import field_name
 from undervisor.explain.formats import nested_state
@@ -38,7 +38,7 @@ def state(
         _compare(first, load(other), file, other, as_json)
         return
     dump = nested_state.read(Path(file).read_bytes())[0]
-    diagnosis = diagnose(dump, load_vmx(caps) if caps else None)
+    diagnosis = diagnose(dump, load_for_rules(caps) if caps else None)
     if as_json:
         put_json({**_data(first), "diagnosis": diagnosis_data(diagnosis)})
     else:

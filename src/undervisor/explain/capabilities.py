@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from undervisor.arch.svm.capabilities import ANY_PROCESSOR, SvmCapabilities
 from undervisor.arch.vmx.capabilities import ProcessorFacts, VmxCapabilities, VmxMsr
 from undervisor.explain.dump import SVM, VMX
 
@@ -68,6 +69,16 @@ class CapabilitySet:
             linear_address_width=self.linear_width or plain.linear_address_width,
         )
         return VmxCapabilities.from_msrs(self.msrs, facts)
+
+    def for_vmrun(self) -> SvmCapabilities | None:
+        """For the rules of VMRUN; the bits of CR4 and EFER are taken to be all there."""
+        if self.svm is None:
+            return None
+        _, asids, ecx, edx = self.svm
+        width = self.physical_width or ANY_PROCESSOR.physical_width
+        return replace(
+            ANY_PROCESSOR, features=edx, features2=ecx, asids=asids, physical_width=width
+        )
 
     def as_json(self) -> dict[str, object]:
         """What `parse` reads back."""

@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+from undervisor.arch.svm.capabilities import SvmCapabilities
 from undervisor.arch.vmx.capabilities import VmxCapabilities, VmxMsr
 from undervisor.arch.vmx.controls import CONTROL_WORDS
 from undervisor.errors import BadInput
 from undervisor.explain.capabilities import MOST, MSRS, CapabilitySet
+from undervisor.explain.dump import SVM
 from undervisor.explain.formats.pairs import number
 
 LIMIT = 8 << 20
@@ -30,14 +32,15 @@ def load(path: str) -> CapabilitySet:
     return parse(raw.decode("utf-8", "replace"), path)
 
 
-def load_vmx(path: str) -> VmxCapabilities:
-    """The VMX capabilities in a file, for checking; BadInput where it lacks IA32_VMX_BASIC."""
-    found = load(path).vmx()
-    if found is None:
+def load_for_rules(path: str) -> VmxCapabilities | SvmCapabilities:
+    """The capabilities in a file, as the rules want them; BadInput where it has too little."""
+    found = load(path)
+    capabilities = found.for_vmrun() if found.vendor == SVM else found.vmx()
+    if capabilities is None:
         raise BadInput(
             f"{path}: MSR 0x480, IA32_VMX_BASIC, is not in it", hint="`undervisor caps --json`"
         )
-    return found
+    return capabilities
 
 
 def parse(text: str, name: str) -> CapabilitySet:

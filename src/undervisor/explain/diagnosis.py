@@ -100,12 +100,13 @@ def diagnose(dump: Dump, capabilities: AnyCapabilities | None = None) -> Diagnos
     _complete(dump)
     if capabilities is None and dump.msrs and dump.vendor == VMX:
         capabilities = _from_msrs(dump.msrs)
+    if not _fits(capabilities, dump.vendor):
+        capabilities = None
     observations = list(dump.observations)
     verdict: Verdict[Any, Any] = Verdict([], [])
     rules = 0
     if dump.vendor and (dump.state or dump.partial):
-        fits = capabilities if _fits(capabilities, dump.vendor) else None
-        verdict = _judge(dump.vendor, dump.state, dump.partial, fits)
+        verdict = _judge(dump.vendor, dump.state, dump.partial, capabilities)
         rules = len(_rules(dump.vendor))
     failure = dump.failure or _failure(dump)
     stale = _stale(dump, failure, verdict)
