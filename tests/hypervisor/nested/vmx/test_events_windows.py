@@ -6,7 +6,7 @@ SDM 3C "Other Causes of VM Exits", "Interruptibility State", "Activity State".
 import pytest
 from vmx_lab import CODE, DATA, IDT, MSR_LIST, STUB_SIZE, STUBS, Lab, event, gate
 
-from undervisor.arch.vmx.controls import InterruptionType
+from undervisor.arch.vmx.controls import InterruptionType, PrimaryControls
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.guest.asm import assemble
@@ -383,3 +383,20 @@ def test_the_timer_is_saved_on_demand(lab):
     assert run[F.PREEMPTION_TIMER_VALUE] == 100_000
     run = lab.run("1: jmp 1b", preemption(lab, 50) | lab.on_exit(save_preemption_timer=1))
     assert (run.reason, run[F.PREEMPTION_TIMER_VALUE]) == (R.PREEMPTION_TIMER_EXPIRED, 0)
+
+
+# -- loops of PAUSE --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [("", R.PAUSE), ("mov $100, %ecx; 2: loop 2b;", R.PREEMPTION_TIMER_EXPIRED)],
+    ids=["tight", "with work"],
+)
+def test_only_a_tight_loop_of_pause_exits(lab, between, reason):
+    value = 1_000_000 >> lab.vcpu.model.vmx.misc.preemption_timer_shift
+    fields = preemption(lab, value, pause_exiting=0) | {F.PLE_GAP: 128, F.PLE_WINDOW: 4096}
+    secondary = lab.secondary(pause_loop_exiting=1)
+    base = secondary[F.PRIMARY_CONTROLS] & ~PrimaryControls.pause_exiting
+    fields |= secondary | {F.PRIMARY_CONTROLS: base}
+    assert lab.run(f"1: pause; {between} jmp 1b", fields).reason is reason

@@ -197,6 +197,7 @@ def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None
     """Blocking by NMI at entry: of virtual NMIs where they are on, else of the processor's own."""
     nested.exit_behind, nested.virtual_pending = None, False
     vcpu.dr6_before = vcpu.state.dr6
+    nested.pause_last = 0  # the first PAUSE behind an entry begins a loop
     if fields[F.GUEST_INTERRUPTIBILITY_STATE]:
         nested.shadow_rip = fields[F.GUEST_RIP]
     blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)

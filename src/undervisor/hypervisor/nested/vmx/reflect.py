@@ -99,6 +99,8 @@ def pause(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
     """PAUSE, and a loop of them at CPL 0 ("PAUSE-loop exiting")."""
     if nested.primary & P.pause_exiting or nested.is_pause_loop(vcpu):
         return _plain(vcpu, nested, R.PAUSE)
+    if nested.secondary & S.pause_loop_exiting:
+        return ADVANCE[decode.length(vcpu)]  # L1 yields, and no time passes meanwhile
     return None
 
 

@@ -40,11 +40,15 @@ def save(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
 
 
 def is_pause_loop(vcpu: Vcpu, nested: NestedVmx) -> bool:
-    """Whether this PAUSE at CPL 0 is one too many. SDM 3C, on PLE_Gap and PLE_Window."""
+    """Whether this PAUSE at CPL 0 is one too many. SDM 3C, on PLE_Gap and PLE_Window.
+
+    Between two PAUSEs only L2's own time counts, not what the exit takes here.
+    """
     if not nested.secondary & SecondaryControls.pause_loop_exiting or vcpu.state.cpl:
         return False
-    now, fields = vcpu.tsc01(), nested.fields
+    after, fields = vcpu.tsc01(), nested.fields
+    now = after - vcpu.machine.exit_cost
     if now - nested.pause_last > fields[F.PLE_GAP]:
         nested.pause_first = now
-    nested.pause_last = now
+    nested.pause_last = after
     return now - nested.pause_first > fields[F.PLE_WINDOW]
