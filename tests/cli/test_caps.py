@@ -139,6 +139,7 @@ def test_adjust_shows_the_arithmetic(capsys, words, code, texts):
         ["nosuchfile"],
         ["cpu:nosuchmodel"],
         ["diff", "48b=1", "nosuchfile"],
+        ["diff", "cpu:intel", "cpu:amd"],
     ],
 )
 def test_words_that_make_no_sense_are_refused(capsys, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from undervisor.arch.vmx.capabilities import VmxMsr
+from undervisor.errors import BadInput
 from undervisor.explain.capabilities import CapabilitySet
 from undervisor.explain.dump import SVM
 from undervisor.explain.features import (
@@ -83,6 +84,37 @@ CONSEQUENCES: dict[str, Consequence] = {
     ),
     "vmx-eptad": Consequence(
         28, "an EPTP that enables accessed and dirty flags fails VM entry", "clear EPTP bit 6"
+    ),
+    "npt": Consequence(
+        95,
+        "L1 must shadow L2's page tables: everything in L2 that touches memory maps is slow",
+        "offer npt (module parameter npt=1 in L0)",
+    ),
+    "nrip-save": Consequence(
+        70,
+        "the VMCB has no next RIP: L1 must decode each intercepted instruction itself, and "
+        "injected software interrupts return to the wrong place in some hypervisors",
+        "offer nrip-save",
+    ),
+    "vgif": Consequence(
+        45,
+        "STGI and CLGI of a hypervisor in L2 always exit",
+        "offer vgif",
+    ),
+    "v-vmsave-vmload": Consequence(
+        45,
+        "VMLOAD and VMSAVE of a hypervisor in L2 always exit",
+        "offer v-vmsave-vmload",
+    ),
+    "flushbyasid": Consequence(
+        40,
+        "TLB_CONTROL 3 and 7 do not exist: L1 flushes everything or changes the ASID",
+        "offer flushbyasid",
+    ),
+    "decodeassists": Consequence(
+        35,
+        "exits bring no instruction bytes and operands: L1 must read and decode guest memory",
+        "offer decodeassists",
     ),
     "vmx-entry-load-perf-global-ctrl": Consequence(
         50,
@@ -178,7 +210,12 @@ class Comparison:
 
 
 def compare(first: CapabilitySet, second: CapabilitySet) -> Comparison:
-    """What `second` lacks that `first` has, the gravest first."""
+    """What `second` lacks that `first` has, the gravest first; BadInput across vendors."""
+    if first.vendor and second.vendor and first.vendor != second.vendor:
+        raise BadInput(
+            f"{first.name} has {first.vendor.upper()} and {second.name} {second.vendor.upper()}: "
+            "nothing is comparable, and a guest that nests can't move between them"
+        )
     svm = SVM in (first.vendor, second.vendor)
     ours, theirs = _values(first, svm), _values(second, svm)
     lost: list[Difference] = []
