@@ -4,11 +4,12 @@ SDM 3C "Delivery of Pending Debug Exceptions after VM Entry" and "Exit Qualifica
 """
 
 import pytest
-from vmx_lab import CODE, STUB_SIZE, STUBS, event
+from vmx_lab import CODE, DATA, IDT, STUB_SIZE, STUBS, event, gate
 
 from undervisor.arch.vmx.controls import InterruptionType
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.guest.asm import assemble
 
 B0, B1, B3, BD, BS, ENABLED = 1, 2, 8, 1 << 13, 1 << 14, 1 << 12
 TF, MOV_SS, HLT, SHUTDOWN = 1 << 8, 2, 1, 2
@@ -131,3 +132,23 @@ def test_a_shutdown_state_drops_them(lab):
     run = lab.run("nop", window | state)
     assert (run.reason, run[F.GUEST_PENDING_DEBUG_EXCEPTIONS]) == (R.NMI_WINDOW, 0)
     assert run[F.GUEST_ACTIVITY_STATE] == SHUTDOWN
+
+
+def test_the_preemption_timer_loses_no_single_step(lab):
+    """L2 single-steps through two instructions; its handler exits if it sees one twice."""
+    handler = CODE + 0x8000
+    text = f"mov (%rsp), %rax; cmp %rax, {DATA:#x}; je 1f; mov %rax, {DATA:#x}; iretq; 1: vmcall"
+    before = lab.memory.read(IDT + 16, 16)
+    lab.memory.write(handler, assemble(text, handler).bytes)
+    lab.memory.write(IDT + 16, gate(handler))
+    shift = lab.vcpu.model.vmx.misc.preemption_timer_shift
+    timer = lab.pin(preemption_timer=1)
+    run = lab.run("0: wbinvd; jmp 0b", timer | STEPPING | {F.PREEMPTION_TIMER_VALUE: 1})
+    places = set()
+    for index in range(60):
+        assert run.reason is R.PREEMPTION_TIMER_EXPIRED
+        places.add(run[F.GUEST_RIP])
+        value = {F.PREEMPTION_TIMER_VALUE: (2000 + 37 * index) >> shift}
+        run = lab.resume(value, run.registers)
+    assert len(places) > 2
+    lab.memory.write(IDT + 16, before)
