@@ -576,6 +576,12 @@ def test_device_memory_can_be_mapped_into_l2(lab):
     assert run.registers["rax"] & 0xFF in range(0x10, 0x20)
 
 
+def test_string_output_may_read_device_memory(lab):
+    run = lab.run("mov $0xfee00030, %esi; mov $0x80, %edx; outsb", lab.ept())
+    assert (run.reason, run.vector) == (R.VMCALL, None)
+    assert run.registers["rsi"] == 0xFEE00031
+
+
 def test_a_page_outside_ram_reads_as_ones(lab):
     changes = lab.ept()
     target(lab, 12, 7, base=0x1_0000_0000)

@@ -15,9 +15,10 @@ from undervisor.arch.vmx.exits import EptViolationQualification, ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86 import paging as guest_paging
 from undervisor.arch.x86.registers import Cr4
-from undervisor.hypervisor import access, decode, mmio
+from undervisor.hypervisor import access, decode
 from undervisor.hypervisor.access import LinearAccess
 from undervisor.hypervisor.exit import Exit
+from undervisor.hypervisor.exits import memory
 from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.vmx import apic, exit
 from undervisor.hypervisor.nested.vmx.state import Vmcs
@@ -137,7 +138,7 @@ def nested_page_fault(vcpu: Vcpu, nested: NestedVmx, event: Exit) -> Verdict | N
         return full
     _update_flags(vcpu, result)
     if not _is_plain(vcpu, result.hpa, kind):
-        return mmio.emulate(vcpu)
+        return memory.nested_page_fault(vcpu, vcpu.exit)
     fill(vcpu, nested, gpa, result, written=kind == ept.WRITE)
     return RESUME
 
@@ -208,7 +209,7 @@ def _walk_as_reads(
     if apic.is_access_page(nested, result.hpa):
         return apic.access(vcpu, nested, vcpu.exit, translation.gpa)
     if not _is_plain(vcpu, result.hpa, kind):
-        return mmio.emulate(vcpu)
+        return memory.nested_page_fault(vcpu, vcpu.exit)
     executable = translation.executable and bool(result.permissions & ept.EXECUTE)
     access.enter_tlb(vcpu, found.gva, result.hpa, found.access, executable=executable)
     return RESUME
