@@ -89,12 +89,11 @@ def _behind(vcpu: Vcpu, length: int) -> int:
 
 def leave_vmrun(vcpu: Vcpu, svm: SvmState, length: int) -> None:
     """The host's state as VMRUN saves it: behind the instruction, RFLAGS.RF clear."""
-    state = vcpu.state
-    live = state.q
+    live = vcpu.state.q
     live[_RIP_NOW] = _behind(vcpu, length)
-    state.end_interrupt_shadow()
-    live[_RFLAGS_NOW] &= _NOT_RF
-    svm.host_interrupts = bool(live[_RFLAGS_NOW] & _IF)
+    vcpu.state.end_interrupt_shadow()
+    rflags = live[_RFLAGS_NOW] & _NOT_RF
+    live[_RFLAGS_NOW], svm.host_interrupts = rflags, bool(rflags & _IF)
 
 
 def _load_controls(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
@@ -123,7 +122,8 @@ def _load_guest(vcpu: Vcpu, vmcb12: SiliconVmcb) -> None:
     vmcb02 = vcpu.vmcb02
     vcpu.in_l2, vcpu.vmcb, vcpu.gif = True, vmcb02, True
     vcpu.processor.enter_svm(vcpu.vmcb01, vmcb12, vmcb02)
-    vcpu.watch_iret()
+    if vcpu.nmi_blocked:
+        vcpu.watch_iret()
 
 
 def _inject(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> int:

@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 _SHADOWS: Final = 4
 _MOST_KNOWN: Final = 1 << 16
-# Up to so many tables of L1's are compared at each entry, more only where L1 asks for a flush.
-_CHEAP: Final = 32
 _SHIFTS: Final = (30, 21)
 _DEVICES: Final = (0xA0000, 0xC0000)
 
@@ -147,16 +145,20 @@ class Shadows:
             shadow.clear()
 
     def select(self, vcpu: Vcpu, n_cr3: int, asid: int, tlb_control: int) -> Shadow:
-        """The shadow for an entry under L1's control registers as they are now."""
+        """The shadow for an entry under L1's control registers as they are now.
+
+        What L1 changes in its tables holds from its next TLB flush, another ASID or another
+        nCR3 on, as APM 2 "TLB Management" has it.
+        """
         state = vcpu.state
         key = (n_cr3, state.cr4, state.efer)
         shadow = self.current
+        asked = self.stale or tlb_control != TlbControl.DO_NOTHING
         if shadow is None or key != self._key:
             shadow = self._all.pop(key, None) or self._create(vcpu, n_cr3)
             self._all[key] = shadow
-            self._key = key
-        asked = self.stale or tlb_control != TlbControl.DO_NOTHING or asid != shadow.asid
-        if (asked or len(shadow.seen) <= _CHEAP) and not shadow.is_current():
+            self._key, asked = key, True
+        if (asked or asid != shadow.asid) and not shadow.is_current():
             shadow.clear()
         if self.stale:
             self._drop_stale(shadow)
