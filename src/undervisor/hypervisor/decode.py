@@ -119,6 +119,11 @@ def register_index(register: int) -> int:
     return _GPR[register][0]
 
 
+def is_general(register: int) -> bool:
+    """Whether iced's number is that of a general register or of a part of one."""
+    return register in _GPR
+
+
 def read_register(vcpu: Vcpu, register: int) -> int:
     """The value of a general register or of a part of one, by iced's number."""
     index, size, shift = _GPR[register]

@@ -96,10 +96,19 @@ def emulate(vcpu: Vcpu) -> Verdict:
     operation = _OPERATIONS.get(decoded.mnemonic)
     if operation is None and decoded.code == decode.Code.INVALID:
         return Inject(UD)  # fetched from where no memory is: all ones
-    if operation is None:
+    if operation is None or not _has_general_registers(decoded):
         text = f"{decoded} on device memory is not emulated\n{describe.registers(vcpu)}"
         return Stop(Outcome(Ending.UNKNOWN_EXIT, text))
     return operation(vcpu, decoded)
+
+
+def _has_general_registers(decoded: decode.Instruction) -> bool:
+    """Whether the register operands are general ones: no segment, control or vector register."""
+    return all(
+        decode.is_general(decoded.op_register(operand))
+        for operand in range(decoded.op_count)
+        if decoded.op_kind(operand) == OpKind.REGISTER
+    )
 
 
 # -- operands ----------------------------------------------------------------------------------

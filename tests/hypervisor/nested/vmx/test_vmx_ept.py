@@ -582,6 +582,12 @@ def test_string_output_may_read_device_memory(lab):
     assert run.registers["rsi"] == 0xFEE00031
 
 
+def test_a_segment_register_from_device_memory_ends_the_run_in_words():
+    lab = Lab()
+    with pytest.raises(AssertionError, match="on device memory is not emulated"):
+        lab.run("mov $0xfee00030, %esi; mov (%rsi), %fs", lab.ept())
+
+
 def test_a_page_outside_ram_reads_as_ones(lab):
     changes = lab.ept()
     target(lab, 12, 7, base=0x1_0000_0000)
