@@ -165,6 +165,7 @@ def _loads_pdptes(cr0: int, cr4: int, efer: int) -> bool:
 def check_page_directory_pointers(vcpu: Vcpu, cr3: int) -> Fault | None:
     """#GP when a PDPTE that is present has a reserved bit."""
     root = cr3 & CR3_PAE_ROOT
+    vcpu.linear = None  # an exit that reading them causes has no linear address
     pdptes = [vcpu.read_gpa_u64(root + 8 * index) for index in range(4)]
     return None if check_pdptes(pdptes, vcpu.model.physical_width) else GP0
 

@@ -10,6 +10,7 @@ from vmx_lab import (
     DATA,
     DS,
     DS16,
+    EPT,
     GDT,
     MSR_LIST,
     MSR_LIST2,
@@ -405,6 +406,18 @@ def test_a_bad_pdpte_fails_the_entry(lab):
     run = lab.run(None, changes)
     assert run.failed_entry
     assert (run.reason, run.qualification) == (R.ENTRY_FAILURE_INVALID_GUEST_STATE, 2)
+
+
+def test_a_violation_at_the_load_of_pdptes_has_no_linear_address(lab):
+    put(lab, "mov $0xC0000000, %eax; mov %eax, %cr3", 32)
+    changes = lab.ept() | pae(lab)
+    for index in range(4):
+        changes[F.GUEST_PDPTE0 + 2 * index] = PD + 0x1000 * index | 1
+    lab.memory.set_u64(EPT + 0x1000 + 8 * 3, 0)
+    lab.ask(("invept", 2))
+    run = lab.run(None, changes)
+    assert (run.reason, run.qualification) == (R.EPT_VIOLATION, 1)
+    assert (run[F.GUEST_PHYSICAL_ADDRESS], run[F.GUEST_RIP]) == (0xC0000000, CODE + 5)
 
 
 def test_a_compatibility_mode_guest(lab):
