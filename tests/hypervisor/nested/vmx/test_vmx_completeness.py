@@ -79,37 +79,41 @@ def test_every_control_word_is_looked_at():
     }
 
 
-def allowed_settings():
-    """Every bit of the five words: whether it may be 0 and may be 1."""
-    capabilities = models.named("intel").vmx
-    for field in ("PIN_BASED_CONTROLS", "PRIMARY_CONTROLS", "EXIT_CONTROLS", "ENTRY_CONTROLS"):
-        word = next(f for f in CONTROL_WORDS if f.name == field)
+CAPABILITIES = models.named("intel").vmx.controls
+WORDS = {field.name: field for field in CAPABILITIES}
+
+
+def forced_bits(must):
+    """`(field, bit)` of the bits of four words that must be 1, or that must be 0."""
+    for name in ("PIN_BASED_CONTROLS", "PRIMARY_CONTROLS", "EXIT_CONTROLS", "ENTRY_CONTROLS"):
+        capability = CAPABILITIES[WORDS[name]]
+        bits = capability.must_be_one if must else ~capability.may_be_one
         for bit in range(32):
-            yield word, bit, capabilities.controls[word]
+            if bits >> bit & 1:
+                yield pytest.param(WORDS[name], bit, id=f"{name}-{bit}")
+
+
+@pytest.mark.parametrize(("field", "bit"), list(forced_bits(True)))
+def test_a_control_that_must_be_1_is_refused_as_0(lab, field, bit):
+    """The bit alone decides: everything else of the VMCS is as in an entry that succeeds."""
+    run = lab.run("cpuid", {field: lab.fields[field] & ~(1 << bit)})
+    assert (run.entered, run.error) == (False, 7)
+
+
+@pytest.mark.parametrize(("field", "bit"), list(forced_bits(False)))
+def test_a_control_that_must_be_0_is_refused_as_1(lab, field, bit):
+    run = lab.run("cpuid", {field: lab.fields[field] | 1 << bit})
+    assert (run.entered, run.error) == (False, 7)
+
+
+SECONDARY = WORDS["SECONDARY_CONTROLS"]
 
 
 @pytest.mark.parametrize(
-    ("field", "bit", "capability"),
-    [pytest.param(*r, id=f"{r[0].name}-{r[1]}") for r in allowed_settings()],
+    "bit", [b for b in range(32) if not CAPABILITIES[SECONDARY].may_be_one >> b & 1]
 )
-def test_a_setting_that_is_not_allowed_is_refused(lab, field, bit, capability):
-    """The bit alone decides: everything else of the VMCS is as in an entry that succeeds."""
-    mask, good = 1 << bit, lab.fields[field]
-    if good & mask:
-        if capability.must_be_one & mask:
-            run = lab.run("cpuid", {field: good & ~mask})
-            assert (run.entered, run.error) == (False, 7)
-    elif not capability.may_be_one & mask:
-        run = lab.run("cpuid", {field: good | mask})
-        assert (run.entered, run.error) == (False, 7)
-
-
-@pytest.mark.parametrize("bit", range(32))
-def test_a_secondary_setting_that_is_not_allowed_is_refused(lab, bit):
-    word = next(f for f in CONTROL_WORDS if f.name == "SECONDARY_CONTROLS")
-    if lab.vcpu.model.vmx.controls[word].may_be_one >> bit & 1:
-        return
-    run = lab.run("cpuid", lab.secondary() | {word: 1 << bit})
+def test_a_secondary_control_that_must_be_0_is_refused_as_1(lab, bit):
+    run = lab.run("cpuid", lab.secondary() | {SECONDARY: 1 << bit})
     assert (run.entered, run.error) == (False, 7)
-    run = lab.run("cpuid", {word: 1 << bit})
+    run = lab.run("cpuid", {SECONDARY: 1 << bit})
     assert run.entered, "without activation nobody looks"
