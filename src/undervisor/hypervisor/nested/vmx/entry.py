@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 from undervisor.arch.vmx.checks import EntryInput, refresh_inputs
 from undervisor.arch.vmx.controls import (
     EntryControls,
-    InterruptibilityState,
     InterruptionType,
     PrimaryControls,
     SecondaryControls,
@@ -55,11 +54,10 @@ _CONTROL_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.CONT
 }
 _HOST_FIELDS: Final = frozenset(int(f) for f in F if f.area is FieldArea.HOST) | {F.EXIT_CONTROLS}
 _FAILURE: Final = 1 << 31
-_SHADOWS: Final = InterruptibilityState.blocking_by_sti | InterruptibilityState.blocking_by_mov_ss
 _RAX, _CR2, _DR6, _DR7 = V.RAX >> 3, V.CR2 >> 3, V.DR6 >> 3, V.DR7 >> 3
-_SHADOW: Final = V.INTERRUPT_SHADOW >> 3
+_SHADOW, _EFER = V.INTERRUPT_SHADOW >> 3, V.EFER >> 3
+_LONG: Final = int(Efer.lma | Efer.lme)
 _LIVE_CR2, _LIVE_DR6, _LIVE_DR7 = Env.CR2 >> 3, Env.DR6 >> 3, Env.DR7 >> 3
-_NMI_BLOCKING: Final = InterruptibilityState.blocking_by_nmi
 _KEPT_CR0: Final = Cr0.cd | Cr0.nw
 
 
@@ -136,8 +134,10 @@ def load_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) 
     shadows = fields[F.GUEST_INTERRUPTIBILITY_STATE]
     q[_SHADOW] = 1 if shadows & 3 else 0
     nested.blocking_by_mov_ss = bool(shadows & 2)
-    if fresh or nested.enters_more or not vmcs.written <= _QUIET or not nested.loads_efer:
+    if fresh or nested.enters_more or not vmcs.written <= _QUIET:
         _load_more(vcpu, nested, vmcs, fresh=fresh)
+    elif not nested.loads_efer:
+        q[_EFER] = guest_efer(vcpu, nested, fields)
 
 
 def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> None:
@@ -147,7 +147,7 @@ def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> Non
     q[V.CR0 >> 3] = fields[F.GUEST_CR0] & ~_KEPT_CR0 | state.cr0 & _KEPT_CR0 | Cr0.et
     if nested.loads_debug:
         q[_DR7] = fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
-    q[V.EFER >> 3] = guest_efer(vcpu, nested, fields)
+    q[_EFER] = guest_efer(vcpu, nested, fields)
     vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3 if fresh else vmcb.cpl
     if F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
         vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3
@@ -159,11 +159,11 @@ def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> Non
 
 def guest_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
     """EFER for L2: loaded, or L1's with LMA and LME as the entry controls say."""
-    if nested.entry_controls & EntryControls.load_efer:
+    if nested.loads_efer:
         return fields[F.GUEST_EFER]
     efer: int = vcpu.state.efer
-    if nested.entry_controls & EntryControls.ia32e_mode_guest:
-        return efer | Efer.lma | Efer.lme
+    if nested.ia32e_mode_guest:
+        return efer | _LONG
     efer &= ~Efer.lma
     return efer & ~Efer.lme if fields[F.GUEST_CR0] & Cr0.pg else efer
 

@@ -40,6 +40,8 @@ _EXTERNAL_INFORMATION: Final = 1 << 31
 _IF: Final = 0x200
 _TF: Final = 0x100
 _STI: Final = 0xFB
+_BLOCKING_BY_NMI: Final = int(InterruptibilityState.blocking_by_nmi)
+_VIRTUAL_NMIS: Final = int(PinBasedControls.virtual_nmis)
 _DB_MASK: Final = 1 << Vector.DB
 _BREAKPOINTS: Final = int(Dr6.b0 | Dr6.b1 | Dr6.b2 | Dr6.b3)
 _VECTORED_LOSE: Final = frozenset(
@@ -198,10 +200,11 @@ def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None
     nested.exit_behind, nested.virtual_pending = None, False
     vcpu.dr6_before = vcpu.state.dr6
     nested.pause_last = 0  # the first PAUSE behind an entry begins a loop
-    if fields[F.GUEST_INTERRUPTIBILITY_STATE]:
+    blocking = fields[F.GUEST_INTERRUPTIBILITY_STATE]
+    if blocking:
         nested.shadow_rip = fields[F.GUEST_RIP]
-    blocked = bool(fields[F.GUEST_INTERRUPTIBILITY_STATE] & InterruptibilityState.blocking_by_nmi)
-    if nested.pin & PinBasedControls.virtual_nmis:
+    blocked = bool(blocking & _BLOCKING_BY_NMI)
+    if nested.pin & _VIRTUAL_NMIS:
         nested.virtual_nmi_blocked = blocked
         vcpu.nmi_blocked = False
     else:
@@ -226,7 +229,7 @@ def shadow_is_mov_ss(vcpu: Vcpu, nested: NestedVmx) -> bool:
 
 def block_nmi(vcpu: Vcpu, nested: NestedVmx) -> None:
     """An NMI was injected into L2: blocking lasts until L2's IRET."""
-    if nested.pin & PinBasedControls.virtual_nmis:
+    if nested.pin & _VIRTUAL_NMIS:
         nested.virtual_nmi_blocked = True
     else:
         vcpu.nmi_blocked = True
@@ -248,7 +251,7 @@ def watch_iret(vcpu: Vcpu, nested: NestedVmx) -> None:
 def iret(vcpu: Vcpu, exit: Exit) -> Verdict:
     """IRET of L2: it unblocks NMIs, or virtual NMIs, even if it faults then."""
     nested = _nested(vcpu)
-    if nested.pin & PinBasedControls.virtual_nmis:
+    if nested.pin & _VIRTUAL_NMIS:
         nested.iret_unblocked = nested.virtual_nmi_blocked
         nested.virtual_nmi_blocked = False
     elif not nested.pin & PinBasedControls.nmi_exiting:

@@ -49,7 +49,10 @@ _ONE_BYTE: Final[dict[int, bytes]] = {Vector.BP: b"\xcc", Vector.OF: b"\xce"}
 _RIP, _RSP, _RFLAGS, _RAX = V.RIP >> 3, V.RSP >> 3, V.RFLAGS >> 3, V.RAX >> 3
 _CR0, _CR2, _DR6, _EFER = V.CR0 >> 3, V.CR2 >> 3, V.DR6 >> 3, V.EFER >> 3
 _SHADOW, _CS_ATTRIBUTES = V.INTERRUPT_SHADOW >> 3, V.CS_ATTRIBUTES >> 1
-_LMA: Final = Efer.lma
+_LMA: Final = int(Efer.lma)
+_LONG: Final = int(Efer.lma | Efer.lme)
+_LOAD_EFER: Final = int(ExitControls.load_efer)
+_HOST_IS_LONG: Final = int(ExitControls.host_address_space_size)
 _ENTRY_FAILURE: Final = 1 << 31
 # SDM 3C "VMX Aborts": problems saving guest MSRs and loading host MSRs.
 _ABORT_SAVING_MSR: Final = 1
@@ -105,12 +108,10 @@ def prepare_host_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
 
 def _host_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
     """EFER after the exit: loaded, or as it is with LMA and LME as the host's mode."""
-    if nested.exit_controls & ExitControls.load_efer:
+    if nested.exit_controls & _LOAD_EFER:
         return fields[F.HOST_EFER]
     efer: int = vcpu.state.efer
-    if nested.exit_controls & ExitControls.host_address_space_size:
-        return efer | Efer.lma | Efer.lme
-    return efer & ~(Efer.lma | Efer.lme)
+    return efer | _LONG if nested.exit_controls & _HOST_IS_LONG else efer & ~_LONG
 
 
 def leave(
