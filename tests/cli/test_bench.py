@@ -56,7 +56,7 @@ def test_a_guest_that_fails_is_not_measured():
 @needs_qemu
 @pytest.mark.qemu
 def test_the_same_program_runs_on_qemu():
-    rounds = measure.on_qemu(measure.round_trip_loop("svm", 200, 4))
+    rounds = measure.on_qemu(measure.round_trip_loop("svm", 20_000, 4))
     assert rounds.wall > 0
     assert rounds.cpu > 0
 
