@@ -22,7 +22,7 @@ from undervisor.arch.x86.registers import (
 from undervisor.hypervisor.nested.svm import controls
 from undervisor.hypervisor.nested.svm.exit import host_goes_on, write_information
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
-from undervisor.silicon.layout import Env
+from undervisor.silicon.layout import Env, Hflags
 from undervisor.silicon.processor import RESUME, SiliconVmcb
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ _VM, _IF, _NP_ENABLE = int(Rflags.vm), int(Rflags.if_), int(NestedControl.np_ena
 _NOT_RF: Final = (1 << 64) - 1 & ~int(Rflags.rf)
 _PAT: Final = int(Msr.PAT)
 _DR6_ONES, _DR7_ONES = int(DR6_FIXED_ONE), int(DR7_FIXED_ONE)
-_RIP_NOW, _RFLAGS_NOW = Env.RIP >> 3, Env.RFLAGS >> 3
+_RIP_NOW, _RFLAGS_NOW, _HFLAGS = Env.RIP >> 3, Env.RFLAGS >> 3, Env.HFLAGS >> 2
+_CS64, _NO_SHADOW = 1 << Hflags.CS64, ~(1 << Hflags.INTERRUPT_SHADOW)
 _BASES: Final = tuple(
     field >> 3 for field in (F.ES_BASE, F.CS_BASE, F.SS_BASE, F.DS_BASE, F.GDTR_BASE, F.IDTR_BASE)
 )
@@ -84,14 +85,15 @@ def fail(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict
 def _behind(vcpu: Vcpu, length: int) -> int:
     """The address of the instruction behind this one."""
     state = vcpu.state
-    return state.q[_RIP_NOW] + length & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
+    return state.q[_RIP_NOW] + length & (_MASK64 if state.hflags & _CS64 else 0xFFFF_FFFF)
 
 
 def leave_vmrun(vcpu: Vcpu, svm: SvmState, length: int) -> None:
     """The host's state as VMRUN saves it: behind the instruction, RFLAGS.RF clear."""
-    live = vcpu.state.q
-    live[_RIP_NOW] = _behind(vcpu, length)
-    vcpu.state.end_interrupt_shadow()
+    live, words = vcpu.state.q, vcpu.state.d
+    hflags = words[_HFLAGS]
+    live[_RIP_NOW] = live[_RIP_NOW] + length & (_MASK64 if hflags & _CS64 else 0xFFFF_FFFF)
+    words[_HFLAGS] = hflags & _NO_SHADOW
     rflags = live[_RFLAGS_NOW] & _NOT_RF
     live[_RFLAGS_NOW], svm.host_interrupts = rflags, bool(rflags & _IF)
 

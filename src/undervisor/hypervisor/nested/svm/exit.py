@@ -87,5 +87,6 @@ def _load_host(vcpu: Vcpu, vmcb12: SiliconVmcb) -> None:
     vcpu.gif = False
     vcpu.activity = Activity.ACTIVE
     vcpu.processor.leave_svm(vmcb12, vcpu.vmcb01)
-    vcpu.watch_iret()
+    if vcpu.nmi_blocked:
+        vcpu.watch_iret()
     vcpu.processor.request_window(False)

@@ -12,18 +12,20 @@ from iced_x86 import Code, Register
 from undervisor.arch.svm.exits import IoInfo
 from undervisor.arch.x86.events import Vector
 from undervisor.hypervisor import decode
+from undervisor.silicon.layout import Env, Hflags
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _MASK64: Final = (1 << 64) - 1
+_RIP, _HFLAGS, _CS64 = Env.RIP >> 3, Env.HFLAGS >> 2, 1 << Hflags.CS64
 
 
 def next_rip(vcpu: Vcpu) -> int:
     """nRIP: the address behind the instruction."""
     state = vcpu.state
-    rip: int = state.q[16] + decode.length(vcpu)
-    return rip & (_MASK64 if state.hflags & 0x8000 else 0xFFFF_FFFF)
+    rip: int = state.q[_RIP] + decode.length(vcpu)
+    return rip & (_MASK64 if state.d[_HFLAGS] & _CS64 else 0xFFFF_FFFF)
 
 
 def software_vector(vcpu: Vcpu) -> tuple[int, int]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
 
 _DR0, _DR7, _RFLAGS = Env.DR0 >> 3, Env.DR7 >> 3, Env.RFLAGS >> 3
+_HFLAGS: Final = Env.HFLAGS >> 2
 _BREAKPOINTS: Final = 0xFF
 _CS64: Final = 1 << Hflags.CS64
 _PLAIN_LENGTH: Final = 3
@@ -133,9 +134,9 @@ def invlpga(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
 
 def physical_operand(vcpu: Vcpu) -> tuple[int, int]:
     """The physical address in rAX and the instruction's length; #GP(0) where it is not allowed."""
-    length = decode.length(vcpu)
-    address = vcpu.state.q[0]
-    if length != _PLAIN_LENGTH or not vcpu.state.hflags & _CS64:
+    length, state = decode.length(vcpu), vcpu.state
+    address = state.q[0]
+    if length != _PLAIN_LENGTH or not state.d[_HFLAGS] & _CS64:
         address &= _address_mask(vcpu, length)
     if address & 0xFFF or address >> vcpu.model.physical_width:
         raise GuestFault(GP0)
