@@ -237,6 +237,3 @@ def exit_code(seen: Seen) -> int:
     if others:
         print(others, file=sys.stderr)
     raise GuestDied(sentence)
-
-
-__all__ = ["Seen", "Wishes", "exit_code", "show"]

@@ -14,7 +14,6 @@ from undervisor.explain.features import (
     Feature,
     Setting,
     number_of,
-    offered,
     setting,
 )
 
@@ -325,8 +324,3 @@ def libvirt_lines(switches: list[tuple[str, bool]]) -> list[str]:
         f"<feature policy='{'require' if on else 'disable'}' name='{name}'/>"
         for name, on in switches
     ]
-
-
-def is_offered(feature: Feature, found: CapabilitySet) -> bool | None:
-    """Whether QEMU's feature is on in a set."""
-    return offered(feature, found.msrs)

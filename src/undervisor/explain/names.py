@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.vmx.checks.inputs import EntryInput
-from undervisor.arch.vmx.fields import FieldArea, VmcsField
+from undervisor.arch.vmx.fields import VmcsField
 from undervisor.arch.vmx.fields import VmcsField as F
 
 NAME_LIMIT = 120
@@ -228,8 +228,3 @@ def is_high_half(name: str) -> int | None:
         return None
     field = VMX_NAMES.get(tuple(word for word in key_of(name) if word != "high"))
     return field if field is not None and F(field).width == 1 else None
-
-
-def areas(state: dict[int, int]) -> set[FieldArea]:
-    """Which areas of the VMCS a state has fields of."""
-    return {F(number).area for number in state if number < 0x1_0000}

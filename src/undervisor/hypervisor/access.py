@@ -213,6 +213,3 @@ def _enter_tlb(vcpu: Vcpu, gva: int, hpa: int, protection: int) -> None:
     library.function("tlb_set_page")(
         state.cpu, gva & -PAGE & _MASK64, hpa & -PAGE, protection, mode, PAGE
     )
-
-
-__all__ = ["LinearAccess", "enter_tlb", "fetch_only", "find", "without_flags"]

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.intercepts import intercept_mask
-from undervisor.arch.svm.vmcb import VmcbField
 from undervisor.arch.x86.boot import BootState
 from undervisor.arch.x86.cpuid import Vendor
-from undervisor.arch.x86.events import EventType, Fault, GuestFault, Vector, combine
+from undervisor.arch.x86.events import EventType, Fault, GuestFault, combine
 from undervisor.hypervisor import decode, events, intercepts
 from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.devices.ends import EndOfRun
@@ -109,7 +109,6 @@ class Machine:
         self._suspended: Suspended | None = None
         self._step_blocks = 0
         self._stepping = False
-        self._look_again = False
         self._random = random.Random(0)
         self.vcpus = [Vcpu(self, index) for index in range(cpus)]
         self.platform = Platform(
@@ -243,8 +242,12 @@ class Machine:
             self.check_wall_clock()
         if self._outcome is not None:
             return self._suspend(action)
+        return self._go_on(action)
+
+    def _go_on(self, action: int) -> int:
+        """Look at what waits, then back to the guest; the silicon's action."""
         if action == RUN_ON:
-            action = self._attend(vcpu)
+            action = self._attend(self.current)
             if action == LEAVE:
                 return self._suspend(RUN_ON)
         # What else waits is looked at before the first instruction of a delivered event's handler.
@@ -265,10 +268,6 @@ class Machine:
     def step_block(self) -> None:
         """Look again after one block: an instruction that ends one, or the end of a shadow."""
         self._step_blocks, self._look = 1, True
-
-    def look_before_next(self) -> None:
-        """Look again before the next instruction."""
-        self._look_again = self._look = True
 
     def _end(self, outcome: Outcome) -> None:
         self._outcome, self._look = outcome, True
@@ -298,16 +297,11 @@ class Machine:
         state = self.processor.state
         state.exception_index.value, state.error_code, state.is_int = index, error, is_int
         state.next_rip, state.old_exception = next_rip, old
-        if action == RUN_ON:
-            if self.current.step is None and not self._something_new(self.current):
-                self.processor.set_budget(budget)
-                return RUN_ON
-            action = self._attend(self.current)
-            if action == LEAVE:
-                return self._suspend(RUN_ON)
-        at_once = action != RUN_ON and self.current.attention
-        self.processor.set_budget(0 if at_once else self._budget())
-        return action
+        quiet = self.current.step is None and not self._something_new(self.current)
+        if action == RUN_ON and quiet:
+            self.processor.set_budget(budget)
+            return RUN_ON
+        return self._go_on(action)
 
     def _decide(self, vcpu: Vcpu, exit: Exit) -> Verdict:
         """Who handles the exit, and what is to be done."""
@@ -374,8 +368,7 @@ class Machine:
         return self._inject(vcpu, exit, fault)
 
     def _decide_shutdown(self, vcpu: Vcpu, exit: Exit) -> Verdict:
-        exit.code, exit.event = Vector.DF, 0
-        exit.code = 0x7F
+        exit.code, exit.event = ExitCode.SHUTDOWN, 0
         return self._decide(vcpu, exit)
 
     def _redeliver(self, vcpu: Vcpu, event: int) -> int:
@@ -428,9 +421,8 @@ class Machine:
         deadline = self.clock.next_deadline()
         if deadline is not None and deadline <= self.now():
             self.clock.run_due()
-        own = vcpu.nested.deadline() if vcpu.in_l2 else None
-        if own is not None and own <= self.now():
-            vcpu.attention = True
+        if vcpu.in_l2:
+            self._due(vcpu)
         while True:
             if vcpu.attention or vcpu.activity is not Activity.ACTIVE:
                 action = events.deliver(vcpu)
@@ -507,9 +499,6 @@ class Machine:
         """Blocks until the loop must look again."""
         self._armings = self.clock.armings
         self._look = False
-        if self._look_again:
-            self._look_again = False
-            return 0
         step = self.current.step
         if step is not None:
             step.blocks = self.processor.blocks
@@ -559,6 +548,3 @@ def _timed_out() -> Outcome:
 def _unknown(vcpu: Vcpu, exit: Exit) -> Stop:
     text = f"{exit.name} at rip {vcpu.state.rip:#x}: no handler for this exit"
     return Stop(Outcome(Ending.UNKNOWN_EXIT, text))
-
-
-__all__ = ["BLOCK_NS", "EXIT_NS", "MAX_CPUS", "SWITCHED", "Machine", "VmcbField"]

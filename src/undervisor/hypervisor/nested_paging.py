@@ -71,18 +71,6 @@ class NestedTables:
         """Let accesses to the 4-KiB page at `gpa` exit."""
         self.map(gpa, 0, 12, 0)
 
-    def lookup(self, gpa: int) -> int:
-        """The leaf entry that translates `gpa`, 0 where none does."""
-        table = self.root
-        for level in _SHIFTS:
-            entry = self._frames.u64(table | (gpa >> (level - 3) & 0xFF8))
-            if not entry & PRESENT:
-                return 0
-            if level == 12 or entry & LARGE:
-                return entry
-            table = entry & ADDRESS
-        return 0
-
     def _new_table(self) -> int:
         table = self._frames.allocate()
         self._tables.append(table)

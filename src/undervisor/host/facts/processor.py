@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from undervisor.host.access.protocol import Host
-from undervisor.host.fact import Fact, Known, Unknown, then, value_or
+from undervisor.host.fact import Fact, Known, then, value_or
 
 INTEL = ("GenuineIntel", "CentaurHauls", "  Shanghai  ")
 """Vendors whose processors have VMX; Centaur and Zhaoxin implement Intel's extension."""
@@ -39,12 +39,6 @@ class Processor:
         if vendor in AMD:
             return "svm"
         return "sie" if vendor.startswith("IBM/S390") else ""
-
-    @property
-    def extension_name(self) -> str:
-        """What the vendor calls it."""
-        names = {"vmx": "VMX (Intel VT-x)", "svm": "SVM (AMD-V)", "sie": "SIE"}
-        return names.get(self.extension, "virtualization extension")
 
     @property
     def x86(self) -> bool:
@@ -114,8 +108,3 @@ def _architecture(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]{2,16}", word):
         raise ValueError(f"uname says {word[:40]!r}")
     return word
-
-
-def not_x86(reason: str) -> Unknown:
-    """The fact that an x86 fact has no meaning here."""
-    return Unknown("processor", reason)

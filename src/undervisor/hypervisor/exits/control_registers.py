@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from iced_x86 import Code
 
-from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.x86.events import GP0, Fault
 from undervisor.arch.x86.paging import check_pdptes
 from undervisor.arch.x86.registers import (
@@ -168,6 +167,3 @@ def check_page_directory_pointers(vcpu: Vcpu, cr3: int) -> Fault | None:
     vcpu.linear = None  # an exit that reading them causes has no linear address
     pdptes = [vcpu.read_gpa_u64(root + 8 * index) for index in range(4)]
     return None if check_pdptes(pdptes, vcpu.model.physical_width) else GP0
-
-
-__all__ = ["ExitCode", "read", "write", "write_cr0", "write_cr3", "write_cr4", "write_cr8"]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 from undervisor.arch.vmx.checks import EntryFailure
 from undervisor.arch.vmx.ept import EptRules
 from undervisor.arch.vmx.exits import ExitReason
-from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import Fault, Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Dr6
@@ -231,6 +230,3 @@ class NestedVmx:
     def shadow_access(self, vcpu: Vcpu, decoded: decode.Instruction) -> Verdict | None:
         """VMREAD or VMWRITE of L2 under VMCS shadowing."""
         return functions.shadow_access(vcpu, self, decoded)
-
-
-__all__ = ["F", "NestedVmx", "Vector"]

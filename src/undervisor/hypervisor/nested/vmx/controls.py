@@ -122,6 +122,3 @@ def _page_faults_depend(fields: dict[int, int]) -> bool:
     if fields[F.EXCEPTION_BITMAP] >> Vector.PF & 1:
         return True
     return bool(fields[F.PAGE_FAULT_ERROR_CODE_MASK] or fields[F.PAGE_FAULT_ERROR_CODE_MATCH])
-
-
-__all__ = ["ExitControls", "PinBasedControls", "merge"]

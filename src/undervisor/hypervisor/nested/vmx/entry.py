@@ -12,8 +12,6 @@ from undervisor.arch.vmx.checks import EntryInput, refresh_inputs
 from undervisor.arch.vmx.controls import (
     EntryControls,
     InterruptionType,
-    PrimaryControls,
-    SecondaryControls,
 )
 from undervisor.arch.vmx.ept import Eptp
 from undervisor.arch.vmx.errors import VmInstructionError
@@ -24,7 +22,7 @@ from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Efer
 from undervisor.arch.x86.segments import UNUSABLE, Segment, attributes_of
 from undervisor.hypervisor.nested.vmx import apic, controls, events, exit, msr_lists, paging
-from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, EAGER, PLAIN, SEGMENTS, Vmcs
+from undervisor.hypervisor.nested.vmx.state import ACTIVITIES, PLAIN, SEGMENTS, Vmcs
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
 from undervisor.silicon.layout import Env
@@ -266,5 +264,3 @@ _LOADERS = {
     **{int(field): _plain(field, target) for field, target in PLAIN.items()},
     **{int(f): load for name, where in SEGMENTS for f, load in _segment(name, where).items()},
 }
-
-__all__ = ["EAGER", "PrimaryControls", "SecondaryControls", "enter", "load_guest_state"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from undervisor.arch.vmx.controls import (
-    ActivityState,
     EntryControls,
     ExitControls,
     InterruptibilityState,
@@ -308,6 +307,3 @@ def _abort(vcpu: Vcpu, nested: NestedVmx, indicator: int, why: str) -> Verdict:
     nested.vmx.store.abort(nested.vmx.current.gpa, indicator)
     text = f"VMX abort {indicator}: the VM-exit {why}"
     return Stop(Outcome(Ending.VMX_ABORT, f"{text}\n{describe.registers(vcpu)}"))
-
-
-__all__ = ["ActivityState", "leave", "leave_failed_entry", "prepare_host_state"]

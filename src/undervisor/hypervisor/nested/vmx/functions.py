@@ -10,7 +10,7 @@ from undervisor.arch.vmx.controls import SecondaryControls
 from undervisor.arch.vmx.errors import VmInstructionError as Error
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.events import GP0, UD, Fault
+from undervisor.arch.x86.events import GP0
 from undervisor.arch.x86.registers import Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.nested.vmx import entry, exit, instructions, paging
@@ -110,14 +110,8 @@ def _write(
     if decoded.op1_kind == OpKind.REGISTER:
         value = decode.read_register(vcpu, decoded.op1_register)
     else:
-        operand = instructions.memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
-        if isinstance(operand, Fault):
-            return Inject(operand)
-        value = operand
+        value = instructions.memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
     if encoding & 1:
         value = old & 0xFFFF_FFFF | (value & 0xFFFF_FFFF) << 32
     store.write_field(link, whole, value & instructions.MASKS[whole])
     return instructions.succeed(vcpu, decoded)
-
-
-__all__ = ["ENABLING_CONTROLS", "UD", "UNRESTRICTED_GUEST", "shadow_access", "vmfunc"]

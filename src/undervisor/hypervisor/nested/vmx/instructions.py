@@ -16,7 +16,7 @@ from undervisor.arch.vmx.capabilities import FeatureControl
 from undervisor.arch.vmx.errors import VmInstructionError as Error
 from undervisor.arch.vmx.fields import HIGH, FieldArea, FieldWidth
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.events import GP0, UD, Fault
+from undervisor.arch.x86.events import GP0, UD, Fault, GuestFault
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.paging import is_canonical
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer, Rflags
@@ -129,20 +129,21 @@ def is_undefined(vcpu: Vcpu) -> bool:
     return bool(state.efer & Efer.lma) and not state.hflags & 0x8000
 
 
-def _faults(vcpu: Vcpu, nested: NestedVmx) -> Fault | None:
-    """What every instruction but VMXON checks first."""
+def _check_faults(vcpu: Vcpu, nested: NestedVmx) -> None:
+    """What every instruction but VMXON checks first: #UD, then #GP(0), as `GuestFault`."""
     if not nested.vmx.in_operation or is_undefined(vcpu):
-        return UD
-    return GP0 if vcpu.state.cpl else None
+        raise GuestFault(UD)
+    if vcpu.state.cpl:
+        raise GuestFault(GP0)
 
 
-def memory_operand(vcpu: Vcpu, decoded: decode.Instruction, operand: int, size: int) -> int | Fault:
-    """The value of a memory operand of 8 or 16 bytes."""
+def memory_operand(vcpu: Vcpu, decoded: decode.Instruction, operand: int, size: int) -> int:
+    """The value of a memory operand of 4, 8 or 16 bytes; GuestFault where it faults."""
     address = decode.data_address(vcpu, decoded, operand, size)
-    if isinstance(address, Fault):
-        return address
-    data = vcpu.read_gva(address, size)
-    return data if isinstance(data, Fault) else int.from_bytes(data, "little")
+    data = address if isinstance(address, Fault) else vcpu.read_gva(address, size)
+    if isinstance(data, Fault):
+        raise GuestFault(data)
+    return int.from_bytes(data, "little")
 
 
 def _is_region(vcpu: Vcpu, gpa: int) -> bool:
@@ -171,8 +172,6 @@ def vmxon(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict
     if state.cpl or not fixed or not control.lock or not control.vmx_outside_smx:
         return Inject(GP0)
     gpa = memory_operand(vcpu, decoded, 0, 8)
-    if isinstance(gpa, Fault):
-        return Inject(gpa)
     # CHECKS
     if not _is_region(vcpu, gpa) or vcpu.memory.u32(gpa) != vmx.store.revision:
         return fail_invalid(vcpu, decoded)
@@ -185,9 +184,7 @@ def vmxon(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict
 def vmxoff(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMXOFF--Leave VMX Operation."""
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
+    _check_faults(vcpu, nested)
     # OPERATION: an INIT that was blocked is taken now
     nested.leave_operation(vcpu)
     vcpu.attention = True
@@ -201,14 +198,9 @@ def vmxoff(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdic
 def vmclear(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMCLEAR--Clear Virtual-Machine Control Structure."""
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
-    gpa = memory_operand(vcpu, decoded, 0, 8)
-    if isinstance(gpa, Fault):
-        return Inject(gpa)
+    _check_faults(vcpu, nested)
+    gpa, vmx = memory_operand(vcpu, decoded, 0, 8), nested.vmx
     # CHECKS
-    vmx = nested.vmx
     if not _is_region(vcpu, gpa):
         return fail(vcpu, nested, decoded, Error.VMCLEAR_WITH_INVALID_PHYSICAL_ADDRESS)
     if gpa == vmx.vmxon_gpa:
@@ -224,14 +216,9 @@ def vmclear(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
 def vmptrld(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMPTRLD--Load Pointer to Virtual-Machine Control Structure."""
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
-    gpa = memory_operand(vcpu, decoded, 0, 8)
-    if isinstance(gpa, Fault):
-        return Inject(gpa)
+    _check_faults(vcpu, nested)
+    gpa, vmx = memory_operand(vcpu, decoded, 0, 8), nested.vmx
     # CHECKS
-    vmx = nested.vmx
     if not _is_region(vcpu, gpa):
         return fail(vcpu, nested, decoded, Error.VMPTRLD_WITH_INVALID_PHYSICAL_ADDRESS)
     if gpa == vmx.vmxon_gpa:
@@ -251,9 +238,7 @@ def vmptrld(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
 def vmptrst(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMPTRST--Store Pointer to Virtual-Machine Control Structure."""
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
+    _check_faults(vcpu, nested)
     current = nested.vmx.current
     pointer = NO_VMCS if current is None else current.gpa
     address = decode.data_address(vcpu, decoded, 0, 8, write=True)
@@ -266,11 +251,6 @@ def vmptrst(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
 
 
 # -- fields -------------------------------------------------------------------------------------
-
-
-def _field_operand(vcpu: Vcpu, decoded: decode.Instruction, register: int) -> int:
-    """The encoding in a register operand: 64 bits in 64-bit mode, 32 outside."""
-    return decode.read_register(vcpu, register)
 
 
 def read_field(vmcs: Vmcs, encoding: int) -> int | None:
@@ -302,13 +282,9 @@ def write_field(vmcs: Vmcs, encoding: int, value: int) -> bool:
 def vmread(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMREAD--Read Field from Virtual-Machine Control Structure."""
     # FAULTS
-    vmx = nested.vmx
-    if not vmx.in_operation or is_undefined(vcpu):
-        return Inject(UD)
-    if vcpu.state.cpl:
-        return Inject(GP0)
+    _check_faults(vcpu, nested)
     # CHECKS
-    vmcs = vmx.current
+    vmcs = nested.vmx.current
     if vmcs is None:
         return fail_invalid(vcpu, decoded)
     encoding = decode.read_register(vcpu, decoded.op1_register)
@@ -338,22 +314,15 @@ def store_operand(vcpu: Vcpu, decoded: decode.Instruction, value: int) -> Fault 
 def vmwrite(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMWRITE--Write Field to Virtual-Machine Control Structure."""
     # FAULTS
-    vmx = nested.vmx
-    if not vmx.in_operation or is_undefined(vcpu):
-        return Inject(UD)
-    if vcpu.state.cpl:
-        return Inject(GP0)
+    _check_faults(vcpu, nested)
     # CHECKS
-    vmcs = vmx.current
+    vmcs = nested.vmx.current
     if vmcs is None:
         return fail_invalid(vcpu, decoded)
     if decoded.op1_kind == OpKind.REGISTER:
         value = decode.read_register(vcpu, decoded.op1_register)
     else:
-        operand = memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
-        if isinstance(operand, Fault):
-            return Inject(operand)
-        value = operand
+        value = memory_operand(vcpu, decoded, 1, decode.memory_size(decoded))
     encoding = decode.read_register(vcpu, decoded.op0_register)
     if vmcs.stale and encoding & ~HIGH in LAZY:
         vmcs.synchronize(vcpu.vmcb02)
@@ -373,9 +342,7 @@ def vmwrite(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
 
 def _enter(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction, *, launch: bool) -> Verdict:
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
+    _check_faults(vcpu, nested)
     # CHECKS
     vmcs = nested.vmx.current
     if vmcs is None or vmcs.is_shadow:
@@ -407,9 +374,7 @@ def vmresume(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verd
 def vmcall(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
     """VMCALL--Call to VM Monitor, in VMX root operation: there is no SMM monitor to call."""
     # FAULTS
-    fault = _faults(vcpu, nested)
-    if fault:
-        return Inject(fault)
+    _check_faults(vcpu, nested)
     # CHECKS
     return fail(vcpu, nested, decoded, Error.VMCALL_IN_VMX_ROOT_OPERATION)
 
@@ -425,16 +390,11 @@ INVEPT_SINGLE_CONTEXT, INVEPT_ALL_CONTEXT = 1, 2
 INVVPID_ADDRESS, INVVPID_SINGLE, INVVPID_ALL, INVVPID_RETAINING_GLOBALS = 0, 1, 2, 3
 
 
-def _invalidation(
-    vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction
-) -> tuple[int, int] | Fault:
+def _invalidation(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> tuple[int, int]:
     """The type and the descriptor of INVEPT or INVVPID."""
-    fault = _faults(vcpu, nested)
-    if fault:
-        return fault
+    _check_faults(vcpu, nested)
     kind = decode.read_register(vcpu, decoded.op0_register)
-    descriptor = memory_operand(vcpu, decoded, 1, 16)
-    return descriptor if isinstance(descriptor, Fault) else (kind, descriptor)
+    return kind, memory_operand(vcpu, decoded, 1, 16)
 
 
 def invept(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict:
@@ -443,11 +403,8 @@ def invept(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdic
     ept = nested.capabilities.ept_vpid
     if not ept.invept:
         return Inject(UD)
-    operands = _invalidation(vcpu, nested, decoded)
-    if isinstance(operands, Fault):
-        return Inject(operands)
+    kind, descriptor = _invalidation(vcpu, nested, decoded)
     # CHECKS
-    kind, descriptor = operands
     supported = {
         INVEPT_SINGLE_CONTEXT: ept.invept_single_context,
         INVEPT_ALL_CONTEXT: ept.invept_all_context,
@@ -468,11 +425,8 @@ def invvpid(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdi
     ept = nested.capabilities.ept_vpid
     if not ept.invvpid:
         return Inject(UD)
-    operands = _invalidation(vcpu, nested, decoded)
-    if isinstance(operands, Fault):
-        return Inject(operands)
+    kind, descriptor = _invalidation(vcpu, nested, decoded)
     # CHECKS
-    kind, descriptor = operands
     supported = {
         INVVPID_ADDRESS: ept.invvpid_individual_address,
         INVVPID_SINGLE: ept.invvpid_single_context,

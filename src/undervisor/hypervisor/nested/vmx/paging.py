@@ -14,7 +14,6 @@ from undervisor.arch.vmx.ept import EptMisconfiguration, EptViolation, Translati
 from undervisor.arch.vmx.exits import EptViolationQualification, ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86 import paging as guest_paging
-from undervisor.arch.x86.registers import Cr4
 from undervisor.hypervisor import access, decode
 from undervisor.hypervisor.access import LinearAccess
 from undervisor.hypervisor.exit import Exit
@@ -296,6 +295,3 @@ def _log_dirty(vcpu: Vcpu, nested: NestedVmx, translation: Translation, gpa: int
     vcpu.memory.set_u64(vmcs.fields[F.PML_ADDRESS] + 8 * index, gpa & -PAGE)
     vmcs.fields[F.PML_INDEX] = index - 1 & 0xFFFF
     return None
-
-
-__all__ = ["Cr4", "activate", "fill", "guest_paging", "invalidate", "nested_page_fault", "to_hpa"]

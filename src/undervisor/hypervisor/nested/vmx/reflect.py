@@ -32,7 +32,6 @@ from undervisor.hypervisor.nested.vmx import (
 from undervisor.hypervisor.nested.vmx.exit import leave
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Switched, Verdict
 from undervisor.silicon.glue import EXIT_XSETBV
-from undervisor.silicon.layout import Env
 from undervisor.silicon.world import ExitCode
 
 if TYPE_CHECKING:
@@ -498,10 +497,6 @@ def _with_operand(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction, re
     )
 
 
-def silicon_nothing(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> None:
-    """Never L1's business: L0 asked for this exit."""
-
-
 REFLECT: Final[dict[int, Reflector]] = {
     ExitCode.CR0_WRITE: write_control_register,
     ExitCode.CR3_WRITE: write_control_register,
@@ -543,5 +538,3 @@ REFLECT: Final[dict[int, Reflector]] = {
     EXIT_XSETBV: xsetbv,
     ExitCode.NPF: paging.nested_page_fault,
 }
-
-__all__ = ["REFLECT", "Env", "leave_for", "wants_exception"]
