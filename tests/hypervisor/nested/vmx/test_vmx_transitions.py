@@ -64,6 +64,16 @@ def test_efer_of_l1_without_the_controls(lab):
     assert lab.ask(("rdmsr", EFER))[0].value == host
 
 
+def test_l2_resumes_with_the_efer_that_l1_has_by_then(lab):
+    host = lab.facts.l1.efer
+    controls = lab.primary(use_msr_bitmaps=1)
+    lab.run("1: mov $0xc0000080, %ecx; rdmsr; vmcall; jmp 1b", controls)
+    lab.ask(("wrmsr", EFER, host ^ SCE))
+    run = lab.resume({F.GUEST_RIP: CODE})
+    lab.ask(("wrmsr", EFER, host))
+    assert run.registers["rax"] == (host | LMA | LME) ^ SCE
+
+
 def test_pat_is_loaded_saved_and_restored(lab):
     before = lab.ask(("rdmsr", PAT))[0].value
     controls = lab.on_entry(load_pat=1) | lab.on_exit(save_pat=1, load_pat=1)
