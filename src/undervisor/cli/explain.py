@@ -11,20 +11,11 @@ from undervisor.cli.printing import console, put, put_json
 from undervisor.errors import BadInput, ExitCode
 from undervisor.explain import numbers
 from undervisor.explain.capability_texts import load_for_rules
-from undervisor.explain.diagnosis import (
-    AnyRule,
-    AnyViolation,
-    Diagnosis,
-    failure_sentence,
-    first_with_findings,
-)
-from undervisor.explain.dump import Observation, field_name
+from undervisor.explain.diagnosis import Diagnosis, first_with_findings
 from undervisor.explain.formats.pairs import number
 from undervisor.explain.recognise import read_file
 from undervisor.explain.report import diagnosis_data
-
-SHOWN = 4
-"""Broken rules, and observations, on the one screen that is shown without --all."""
+from undervisor.explain.text import diagnosis_lines
 
 CapsOption = Annotated[
     str,
@@ -140,96 +131,5 @@ def _print_meaning(meaning: numbers.Meaning, as_json: bool) -> None:
 
 def print_diagnosis(out: Console, diagnosis: Diagnosis, dumps: int, everything: bool) -> None:
     """The answer on one screen; all of it with `everything`."""
-    dump = diagnosis.dump
-    many = f", the one to look at of {dumps}" if dumps > 1 else ""
-    put(out, f"{dump.format}{many}: {len(dump.state)} fields", style="bold")
-    for note in dump.notes if everything else dump.notes[:3]:
-        put(out, note, indent=2, style="dim")
-    if diagnosis.failure:
-        put(out, failure_sentence(diagnosis.failure), indent=2)
-    _print_verdict(out, diagnosis)
-    limit = len(diagnosis.broken) if everything else SHOWN
-    for place, violation in enumerate(diagnosis.broken[:limit]):
-        _print_violation(out, violation, place == 0, diagnosis.capabilities_known)
-    if len(diagnosis.broken) > limit:
-        rest = ", ".join(v.rule.id for v in diagnosis.broken[limit : limit + 6])
-        put(out, f"and {len(diagnosis.broken) - limit} more (--all): {rest}", indent=2)
-    shown = diagnosis.observations if everything else diagnosis.observations[:SHOWN]
-    for observation in shown:
-        _print_observation(out, observation)
-    for rule in diagnosis.named if everything else diagnosis.named[:SHOWN]:
-        if rule.id not in {v.rule.id for v in diagnosis.broken}:
-            _print_named(out, rule)
-    _print_rest(out, diagnosis, everything)
-
-
-def _print_verdict(out: Console, diagnosis: Diagnosis) -> None:
-    count = len(diagnosis.broken)
-    if count:
-        put(out, f"{count} rule{'s' * (count > 1)} broken, the likeliest cause first:", style="red")
-    elif diagnosis.checked and diagnosis.is_clean:
-        put(out, "no rule is broken", style="green")
-    elif diagnosis.checked:
-        put(out, "no rule that could be checked is broken, and yet it failed", style="yellow")
-
-
-def _print_violation(out: Console, violation: AnyViolation, first: bool, known: bool) -> None:
-    rule = violation.rule
-    put(out, f"{rule.id}: {rule.text}", indent=2, style="bold red" if first else "red")
-    vendor = rule.id.split(".")[0]
-    values = [
-        f"{field_name(int(field), vendor)} = {value:#x}"
-        for field, value in zip(rule.reads, violation.values, strict=True)
-        if value is not None
-    ]
-    if values:
-        put(out, ", ".join(values), indent=6)
-    put(out, f"→ {rule.remedy}", indent=6)
-    place = f"{'SDM' if vendor == 'vmx' else 'APM'}, {rule.section}; {rule.outcome.value}"
-    if rule.qualification:
-        place += f", qualification {rule.qualification}"
-    put(out, place, indent=6, style="dim")
-    if rule.assumes and not known:
-        put(out, f"assumed: {rule.assumes} (give --caps to be sure)", indent=6, style="dim")
-
-
-def _print_observation(out: Console, observation: Observation) -> None:
-    put(out, f"{observation.title}", indent=2, style="yellow")
-    put(out, observation.meaning, indent=6)
-    for piece in observation.evidence:
-        put(out, piece, indent=6, style="dim")
-    if observation.remedy:
-        put(out, "→ " + observation.remedy, indent=6)
-
-
-def _print_named(out: Console, rule: AnyRule) -> None:
-    put(out, f"named by the log: {rule.id}: {rule.text}", indent=2, style="red")
-    put(out, f"→ {rule.remedy}", indent=6)
-    fields = ", ".join(field_name(int(field), rule.id.split(".")[0]) for field in rule.reads)
-    put(out, f"{rule.section}; look at {fields}", indent=6, style="dim")
-
-
-def _print_rest(out: Console, diagnosis: Diagnosis, everything: bool) -> None:
-    if diagnosis.checked or diagnosis.unchecked:
-        text = f"{diagnosis.checked} rules checked, {len(diagnosis.unchecked)} not checked"
-        put(out, text + (" for lack of fields:" if diagnosis.unchecked else ""), indent=2)
-    if everything:
-        for rule in diagnosis.unchecked:
-            put(out, f"{rule.id}: lacks {', '.join(diagnosis.missing(rule))}", indent=6)
-    elif diagnosis.unchecked:
-        lacking: dict[str, int] = {}
-        for rule in diagnosis.unchecked:
-            for name in diagnosis.missing(rule):
-                lacking[name] = lacking.get(name, 0) + 1
-        names = sorted(lacking, key=lambda name: -lacking[name])
-        more = f" and {len(names) - 6} more (--all)" if len(names) > 6 else ""
-        put(out, ", ".join(names[:6]) + more, indent=6, style="dim")
-    for text in diagnosis.dump.assumed:
-        put(out, f"assumed: {text}", indent=2, style="dim")
-    if diagnosis.checked and not diagnosis.capabilities_known:
-        put(
-            out,
-            "assumed: a processor with every current feature (--caps FILE checks against yours)",
-            indent=2,
-            style="dim",
-        )
+    for line in diagnosis_lines(diagnosis, dumps, everything):
+        put(out, line.text, indent=line.indent, style=line.style)
