@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from undervisor.arch.kvm import Request
 from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR
 from undervisor.cli import capability_devices, capability_sources
 from undervisor.cli.main import main
@@ -164,9 +165,9 @@ class Kvm:
 
     def __call__(self, number, request, buffer):
         self.asked.append(request)
-        if request == capability_devices.KVM_GET_API_VERSION:
+        if request == Request.GET_API_VERSION:
             return self.version
-        if request == capability_devices.KVM_GET_MSR_FEATURE_INDEX_LIST:
+        if request == Request.GET_MSR_FEATURE_INDEX_LIST:
             struct.pack_into(f"I{len(MSRS) + 1}I", buffer, 0, len(MSRS) + 1, 0x10A, *MSRS)
             return 0
         (index,) = struct.unpack_from("I", buffer, 8)

@@ -8,15 +8,11 @@ import glob
 import os
 import struct
 
+from undervisor.arch.kvm import API_VERSION, DEVICE, MSR_ENTRY, MSRS_HEADER, Request
 from undervisor.arch.vmx.capabilities import VmxMsr
 from undervisor.errors import BadInput
 from undervisor.explain.capabilities import MOST, MSRS
 
-KVM_DEVICE = "/dev/kvm"
-KVM_GET_API_VERSION = 0xAE00
-KVM_GET_MSR_FEATURE_INDEX_LIST = 0xC004_AE0A
-KVM_GET_MSRS = 0xC008_AE88
-KVM_API_VERSION = 12
 MOST_FEATURE_MSRS = 512
 
 
@@ -54,7 +50,7 @@ def _device_msrs(path: str) -> dict[int, int]:
     return msrs
 
 
-def kvm_feature_msrs(path: str = KVM_DEVICE) -> dict[int, int]:
+def kvm_feature_msrs(path: str = DEVICE) -> dict[int, int]:
     """The VMX feature MSRs that KVM has for guests."""
     try:
         number = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -62,7 +58,7 @@ def kvm_feature_msrs(path: str = KVM_DEVICE) -> dict[int, int]:
         hint = "be in the group kvm" if error.errno == errno.EACCES else ""
         raise BadInput(f"{path}: {error.strerror}", hint=hint) from None
     try:
-        if fcntl.ioctl(number, KVM_GET_API_VERSION, 0) != KVM_API_VERSION:
+        if fcntl.ioctl(number, Request.GET_API_VERSION, 0) != API_VERSION:
             raise BadInput(f"{path} is not KVM, or not of an API that is known")
         values = {index: _feature_msr(number, index) for index in _feature_indexes(number)}
         return {index: value for index, value in values.items() if value is not None}
@@ -75,7 +71,7 @@ def kvm_feature_msrs(path: str = KVM_DEVICE) -> dict[int, int]:
 def _feature_indexes(number: int) -> list[int]:
     """The VMX MSRs among those that KVM can be asked for."""
     buffer = bytearray(struct.pack("I", MOST_FEATURE_MSRS) + bytes(4 * MOST_FEATURE_MSRS))
-    fcntl.ioctl(number, KVM_GET_MSR_FEATURE_INDEX_LIST, buffer)
+    fcntl.ioctl(number, Request.GET_MSR_FEATURE_INDEX_LIST, buffer)
     (count,) = struct.unpack_from("I", buffer)
     count = min(count, MOST_FEATURE_MSRS)
     return [i for i in struct.unpack_from(f"{count}I", buffer, 4) if i in MSRS]
@@ -83,9 +79,9 @@ def _feature_indexes(number: int) -> list[int]:
 
 def _feature_msr(number: int, index: int) -> int | None:
     """One feature MSR: struct kvm_msrs with one entry."""
-    buffer = bytearray(struct.pack("IIIIQ", 1, 0, index, 0, 0))
+    buffer = bytearray(MSRS_HEADER.pack(1, 0) + MSR_ENTRY.pack(index, 0, 0))
     try:
-        done = fcntl.ioctl(number, KVM_GET_MSRS, buffer)
+        done = fcntl.ioctl(number, Request.GET_MSRS, buffer)
     except OSError:
         return None
-    return int(struct.unpack_from("Q", buffer, 16)[0]) if done == 1 else None
+    return int(MSR_ENTRY.unpack_from(buffer, MSRS_HEADER.size)[2]) if done == 1 else None

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from undervisor.arch.kvm import DEVICE
 from undervisor.arch.vmx.capabilities import VmxMsr
 from undervisor.cli import capability_devices as devices
 from undervisor.errors import BadInput
@@ -110,7 +111,7 @@ def _from_msr_devices() -> CapabilitySet:
     return found
 
 
-def from_kvm(path: str = devices.KVM_DEVICE) -> CapabilitySet:
+def from_kvm(path: str = DEVICE) -> CapabilitySet:
     """What KVM would offer to a guest: its feature MSRs."""
     msrs = devices.kvm_feature_msrs(path)
     found = CapabilitySet("KVM's feature MSRs", [msrs] if msrs else [])

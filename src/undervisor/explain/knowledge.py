@@ -1,50 +1,8 @@
-"""Meanings that are not in the manuals: KVM's error codes, a PC's memory map."""
+"""Meanings that are not in the manuals: a PC's memory map."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Suberror:
-    """A KVM_EXIT_INTERNAL_ERROR code ("KVM internal error. Suberror: N")."""
-
-    name: str
-    meaning: str
-    remedy: str
-
-
-SUBERRORS: dict[int, Suberror] = {
-    1: Suberror(
-        "KVM_INTERNAL_ERROR_EMULATION",
-        "KVM had to execute an instruction of the guest in software and could not: it decodes to "
-        "nothing, KVM does not emulate it, or its bytes could not be fetched",
-        "look at the bytes at RIP: if they are not code, the guest jumped astray, and the question "
-        "is who set RIP; if they are code, KVM had to emulate because the access went to MMIO or "
-        "because the guest state can't be entered without unrestricted guest",
-    ),
-    2: Suberror(
-        "KVM_INTERNAL_ERROR_SIMUL_EX",
-        "a fault that KVM must handle came up while it delivered another event",
-        "make the guest's IDT, GDT, TSS and stack lie in RAM, not in MMIO or a hole",
-    ),
-    3: Suberror(
-        "KVM_INTERNAL_ERROR_DELIVERY_EV",
-        "a VM exit that KVM does not expect there interrupted the delivery of an event",
-        "make the guest's IDT, GDT, TSS and stack lie in RAM: delivering an event through MMIO "
-        "is not emulated",
-    ),
-    4: Suberror(
-        "KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON",
-        "the processor reported an exit reason that KVM has no handler for",
-        "if KVM runs nested, its own hypervisor gave an exit that L1 did not ask for: look there",
-    ),
-    5: Suberror(
-        "KVM_INTERNAL_ERROR_NO_EVENT_WINDOW (proposed, never in a release)",
-        "no event could be delivered for too long",
-        "",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)

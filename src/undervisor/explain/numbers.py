@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from undervisor.arch.bits import Register
+from undervisor.arch.kvm import SUBERRORS
 from undervisor.arch.rules import Outcome
 from undervisor.arch.svm import vmcb as svm_vmcb
 from undervisor.arch.svm.exits import EXIT_INFO, ExitCode, exit_code_of
@@ -22,7 +23,6 @@ from undervisor.arch.x86.registers import Cr0, Cr4, Efer
 from undervisor.arch.x86.segments import Attributes
 from undervisor.errors import BadInput
 from undervisor.explain.dump import SVM, field_name
-from undervisor.explain.knowledge import SUBERRORS
 from undervisor.explain.names import svm_field, vmx_field
 
 

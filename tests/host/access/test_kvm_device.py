@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from undervisor.arch.kvm import Capability, Request
 from undervisor.host.access import kvm_device
 from undervisor.host.access.protocol import KvmOffer
 from undervisor.host.fact import Absent, Denied, Known, Unknown
@@ -15,12 +16,12 @@ def answering(monkeypatch, leaves, version=12, state=4224):
     """A KVM that answers the three questions."""
 
     def ioctl(number, request, argument):
-        if request == kvm_device.KVM_GET_API_VERSION:
+        if request == Request.GET_API_VERSION:
             return version
-        if request == kvm_device.KVM_CHECK_EXTENSION:
-            assert argument == kvm_device.KVM_CAP_NESTED_STATE
+        if request == Request.CHECK_EXTENSION:
+            assert argument == Capability.NESTED_STATE
             return state
-        assert request == kvm_device.KVM_GET_SUPPORTED_CPUID
+        assert request == Request.GET_SUPPORTED_CPUID
         struct.pack_into("<I", argument, 0, len(leaves))
         for place, (leaf, ecx) in enumerate(leaves.items()):
             struct.pack_into("<7I", argument, 8 + 40 * place, leaf, 0, 0, 0, 0, ecx, 0)
@@ -61,7 +62,7 @@ def test_too_many_leaves_are_cut(monkeypatch):
     answering(monkeypatch, {})
 
     def lying(number, request, argument):
-        if request == kvm_device.KVM_GET_SUPPORTED_CPUID:
+        if request == Request.GET_SUPPORTED_CPUID:
             struct.pack_into("<I", argument, 0, 0xFFFFFFFF)
         return 0
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from undervisor.arch.kvm import SUBERRORS
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.explain.dump import SVM, VMX, Dump, Failure, Observation
-from undervisor.explain.knowledge import SUBERRORS
 
 ENTRY = re.compile(r"KVM: entry failed, hardware error (0x[0-9a-fA-F]{1,16})")
 SUBERROR = re.compile(r"KVM internal error\. Suberror: (\d{1,9})")
