@@ -63,11 +63,17 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a target can do; a test that needs more is skipped and says why."""
+    """What a target can do; a test that needs more is skipped and says why.
+
+    `at_once`: machines that may run at the same time.  `patience`: how many times longer than the
+    built-in L0 it may take.
+    """
 
     vendors: frozenset[str] = frozenset()
     most_cpus: int = 1
     features: frozenset[str] = field(default_factory=frozenset)
+    at_once: int = 64
+    patience: float = 1.0
 
 
 class Running(Protocol):

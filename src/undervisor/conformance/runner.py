@@ -1,0 +1,204 @@
+"""Run guest tests on a target: a machine for each test, and a verdict whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from typing import Final
+
+from undervisor.conformance.expect import Broken, Lacking
+from undervisor.conformance.lab import Lab
+from undervisor.conformance.places import MEMORY
+from undervisor.conformance.suite import GuestTest
+from undervisor.conformance.svm.lab import SvmLab
+from undervisor.conformance.vmx.lab import VmxLab
+from undervisor.errors import BadInput, TimedOut, UndervisorError
+from undervisor.guest.image import Image
+from undervisor.guest.probe.answers import Faulted
+from undervisor.guest.probe.client import Probe, ProbeDied, ProbeSilent
+from undervisor.guest.probe.program import program
+from undervisor.targets import End, How, Job, Running, Target
+
+LABS: Final[dict[str, type[VmxLab] | type[SvmLab]]] = {"vmx": VmxLab, "svm": SvmLab}
+END_TIME: Final = 2.0
+"""Seconds to learn how a machine ended that has closed its line."""
+
+
+class Verdict(Enum):
+    """What became of a test; the value is how it is written."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    GUEST_DIED = "guest died"
+    TARGET_DIED = "target died"
+    TIMED_OUT = "timed out"
+    ERROR = "error"
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong with the target."""
+        return self in (Verdict.PASSED, Verdict.SKIPPED)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A test's verdict on a target: `message` is one line, `details` all that is known beyond."""
+
+    test: GuestTest
+    target: str
+    verdict: Verdict
+    message: str = ""
+    details: str = ""
+    seconds: float = 0.0
+
+
+def run_test(test: GuestTest, target: Target) -> Result:
+    """Boot the probe on `target`, run `test` in its lab, and say what became of it."""
+    begin = time.monotonic()
+    result = _missing(test, target) or _run(test, target)
+    return replace(result, seconds=time.monotonic() - begin)
+
+
+def run_all(
+    tests: Iterable[GuestTest],
+    target: Target,
+    *,
+    jobs: int = 0,
+    seen: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """The results of `tests`, in their order; `seen` is told each as it comes.
+
+    `jobs` machines run at a time; 0: one for each processor of the host.  The target's own limit
+    holds in any case.
+    """
+    wanted = list(tests)
+    most = min(jobs or os.cpu_count() or 1, target.abilities.at_once)
+    with ThreadPoolExecutor(max_workers=max(1, most)) as pool:
+        futures: dict[Future[Result], int] = {
+            pool.submit(run_test, test, target): number for number, test in enumerate(wanted)
+        }
+        try:
+            for future in as_completed(futures):
+                seen(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def lab_on(target: Target, vendor: str, cpus: int = 1, seconds: float = 20.0) -> Iterator[Lab]:
+    """A lab in VMX operation or with SVM enabled, on a machine of its own."""
+    with target.start(_job(cpus)) as running, _limited(running, seconds) as probe:
+        lab = LABS[vendor](probe)
+        lab.on()
+        yield lab
+
+
+@lru_cache(maxsize=1)
+def _image() -> Image:
+    return Image.parse(program().elf, "probe")
+
+
+def _job(cpus: int) -> Job:
+    return Job(_image(), cpus=cpus, memory=MEMORY)
+
+
+@contextmanager
+def _limited(running: Running, seconds: float) -> Iterator[Probe]:
+    """The probe of a started machine, all of whose answers come before the time is up."""
+    probe = _Probe(running, time.monotonic() + seconds)
+    probe.wait_for_hello()
+    yield probe
+
+
+class _Probe(Probe):
+    """A probe with one limit for all that is asked of it."""
+
+    def __init__(self, running: Running, deadline: float) -> None:
+        super().__init__(running)
+        self._deadline = deadline
+
+    @property
+    def answer_time(self) -> float:
+        """What is left of the time."""
+        return max(0.01, self._deadline - time.monotonic())
+
+    @answer_time.setter
+    def answer_time(self, value: float) -> None:
+        """The limit is the test's."""
+
+
+def _missing(test: GuestTest, target: Target) -> Result | None:
+    """A skip where the target itself says that it cannot."""
+    abilities = target.abilities
+    if test.vendor not in abilities.vendors:
+        return Result(test, target.name, Verdict.SKIPPED, f"the target has no {test.vendor}")
+    if test.cpus > abilities.most_cpus:
+        reason = f"needs {test.cpus} processors, the target has at most {abilities.most_cpus}"
+        return Result(test, target.name, Verdict.SKIPPED, reason)
+    return None
+
+
+def _run(test: GuestTest, target: Target) -> Result:
+    limit = test.seconds * target.abilities.patience
+    try:
+        running = target.start(_job(test.cpus))
+    except UndervisorError as error:
+        return Result(test, target.name, Verdict.TARGET_DIED, error.message, error.hint)
+    with running:
+        try:
+            with _limited(running, limit) as probe:
+                lab = LABS[test.vendor](probe)
+                lab.on()
+                for need in test.needs:
+                    if not need.present(lab):
+                        raise Lacking(f"the processor has not {need.name}")
+                test.run(lab)
+        except BadInput:
+            raise
+        except Exception as error:  # every way to fail becomes a verdict
+            return _judge(test, target, running, error, limit)
+    return Result(test, target.name, Verdict.PASSED)
+
+
+def _judge(
+    test: GuestTest, target: Target, running: Running, error: Exception, limit: float
+) -> Result:
+    match error:
+        case Lacking():
+            return Result(test, target.name, Verdict.SKIPPED, str(error))
+        case Broken():
+            return Result(test, target.name, Verdict.FAILED, str(error))
+        case Faulted():
+            return Result(test, target.name, Verdict.FAILED, error.message)
+        case ProbeSilent():
+            message = f"{error.message} (limit {limit:g} s)"
+            return Result(test, target.name, Verdict.TIMED_OUT, message)
+        case ProbeDied() | EOFError():
+            end = _end(running)
+            dead = end.how is How.TARGET_DIED
+            verdict = Verdict.TARGET_DIED if dead else Verdict.GUEST_DIED
+            said = error.message if isinstance(error, ProbeDied) else str(error)
+            message = f"{said}: {end.text}" if end.text else said
+            return Result(test, target.name, verdict, message, end.report)
+        case _:
+            details = "".join(traceback.format_exception(error))
+            message = f"the test itself: {type(error).__name__}: {error}"
+            return Result(test, target.name, Verdict.ERROR, message, details)
+
+
+def _end(running: Running) -> End:
+    """How the machine ended; that it still runs where it speaks and makes no sense."""
+    try:
+        return running.wait(END_TIME)
+    except TimedOut:
+        return End(How.STOPPED, "")

@@ -1,0 +1,1 @@
+"""Guest tests of SVM, a module per aspect; the modules of `vmx` have the same names."""

@@ -1,0 +1,1 @@
+"""Guest tests of VMX, a module per aspect; the modules of `svm` have the same names."""
