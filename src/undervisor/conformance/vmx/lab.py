@@ -85,9 +85,8 @@ class VmxLab(Lab):
         with self.batch() as batch:
             found = batch.vmreads(F, places.scratch)
         self.known = frozenset(f for f in F if found.value[f] is not None)
-        fields: dict[int, int] = {
-            **l2_fields(self.facts, places.code, places.stack, self.processor)
-        }
+        begin = l2_fields(self.facts, places.code, places.stack, self.processor)
+        fields = dict[int, int](begin.items())
         fields |= dict.fromkeys(ZERO, 0)
         fields |= {
             F.GUEST_GDTR_BASE: places.gdt,
