@@ -1,0 +1,1 @@
+"""Guest definitions: one model, to and from libvirt XML and to a QEMU command line."""
