@@ -14,6 +14,7 @@ from undervisor.errors import ExitCode, UndervisorError
 
 VERBS: dict[str, str] = {
     # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
+    "test": "test",
     "run": "run",
     "demo": "demo",
     "bench": "bench",

@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -24,7 +24,7 @@ from undervisor.guest.image import Image
 from undervisor.guest.probe.answers import Faulted
 from undervisor.guest.probe.client import Probe, ProbeDied, ProbeSilent
 from undervisor.guest.probe.program import program
-from undervisor.targets import End, How, Job, Running, Target
+from undervisor.targets import Abilities, End, How, Job, Running, Target
 
 LABS: Final[dict[str, type[VmxLab] | type[SvmLab]]] = {"vmx": VmxLab, "svm": SvmLab}
 END_TIME: Final = 2.0
@@ -79,19 +79,47 @@ def run_all(
     `jobs` machines run at a time; 0: one for each processor of the host.  The target's own limit
     holds in any case.
     """
-    wanted = list(tests)
     most = min(jobs or os.cpu_count() or 1, target.abilities.at_once)
+    watched = _Watched(target)
     with ThreadPoolExecutor(max_workers=max(1, most)) as pool:
-        futures: dict[Future[Result], int] = {
-            pool.submit(run_test, test, target): number for number, test in enumerate(wanted)
-        }
+        futures = [pool.submit(run_test, test, watched) for test in tests]
         try:
             for future in as_completed(futures):
                 seen(future.result())
-        except BaseException:
+        except BaseException:  # Ctrl-C above all: nothing is left running
             pool.shutdown(wait=False, cancel_futures=True)
+            watched.stop()
             raise
     return [future.result() for future in futures]
+
+
+class _Watched:
+    """A target that remembers its machines, to stop them all."""
+
+    def __init__(self, target: Target) -> None:
+        self.name = target.name
+        self._target = target
+        self._machines: list[Running] = []
+        self._stopped = False
+
+    @property
+    def abilities(self) -> Abilities:
+        """The target's."""
+        return self._target.abilities
+
+    def start(self, job: Job) -> Running:
+        """Start a machine; EOFError where all have been stopped."""
+        if self._stopped:
+            raise EOFError("the run was stopped")
+        running = self._target.start(job)
+        self._machines.append(running)
+        return running
+
+    def stop(self) -> None:
+        """End every machine, and start no more."""
+        self._stopped = True
+        for running in self._machines:
+            running.stop()
 
 
 @contextmanager
