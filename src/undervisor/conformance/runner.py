@@ -113,6 +113,8 @@ class _Watched:
             raise EOFError("the run was stopped")
         running = self._target.start(job)
         self._machines.append(running)
+        if self._stopped:  # between the question and the start
+            running.stop()
         return running
 
     def stop(self) -> None:

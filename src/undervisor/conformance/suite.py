@@ -72,7 +72,7 @@ def guest_test(
     """
 
     def declare(function: Function) -> Function:
-        vendor, aspect = function.__module__.split(".")[-2:]
+        *_, vendor, aspect = "", *function.__module__.split(".")
         name = f"{vendor}.{aspect}.{function.__name__}"
         title = " ".join((function.__doc__ or "").split("\n\n")[0].split())
         if not refs or not title:
