@@ -5,7 +5,7 @@ A test says what the manual demands through these; the first demand that is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeVar
 
@@ -58,7 +58,7 @@ def bits(what: str, got: int, *, ones: int = 0, zeros: int = 0) -> None:
         raise Broken(f"{what}: {words(got)}; {wrong}")
 
 
-def each(what: str, cases: dict[T, object], want: Callable[[T], object] | object) -> None:
+def each(what: str, cases: Mapping[T, object], want: Callable[[T], object] | object) -> None:
     """Every case's value is the wanted one; Broken names all cases that differ, not the first."""
     wanted = want if callable(want) else lambda case: want
     wrong = [

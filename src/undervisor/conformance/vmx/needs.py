@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 from undervisor.arch.bits import Register
 from undervisor.arch.vmx.capabilities import VmxMisc, VmxMsr
 from undervisor.arch.vmx.controls import SecondaryControls
+from undervisor.conformance.expect import Lacking
 from undervisor.conformance.suite import Need
 from undervisor.conformance.vmx.lab import VmxLab
+
+T = TypeVar("T")
 
 
 def control(kind: type[Register], name: str) -> Need:
@@ -40,3 +46,15 @@ def misc(name: str) -> Need:
 EPT = control(SecondaryControls, "enable_ept")
 VPID = control(SecondaryControls, "enable_vpid")
 UNRESTRICTED = control(SecondaryControls, "unrestricted_guest")
+XSAVES = control(SecondaryControls, "enable_xsaves")
+
+
+def offered(ways: Mapping[T, Callable[[], dict[int, int]]]) -> dict[T, dict[int, int]]:
+    """The fields that each way gives, of those for which the processor lacks nothing."""
+    found = {}
+    for what, way in ways.items():
+        try:
+            found[what] = way()
+        except Lacking:
+            continue
+    return found
