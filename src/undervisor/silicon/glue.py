@@ -143,10 +143,14 @@ class _Body:
         return self.both("or", into, self.value(f"shl i32 {bit}, {position}"))
 
     def move(self, source: str, target: str, moves: Any, *, to_state: bool) -> None:
-        """Copy scalar fields between a VMCB and the state."""
+        """Copy scalar fields between a VMCB and the state; a wider field gets zeros above."""
         for vmcb, env, bits in moves:
             come, go = (vmcb, env) if to_state else (env, vmcb)
-            self.store(target, go, bits, self.load(source, come, bits))
+            value = self.load(source, come, bits)
+            width = 8 * vmcb.width
+            if not to_state and bits < width:
+                value, bits = self.widen(value, bits, width), width
+            self.store(target, go, bits, value)
 
     def load_segment(self, vmcb: int, env: int) -> None:
         """Segment register from the VMCB: 12 attribute bits become descriptor flags."""
