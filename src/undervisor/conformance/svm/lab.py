@@ -30,6 +30,7 @@ NPT_ENTRY, NPT_LARGE = 7, 0x80
 BUSY_TSS: Final = 0x8B
 LDT: Final = 0x82
 LEAF_SVM: Final = 0x8000000A
+LEAF_SIZES: Final = 0x80000008
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ class SvmLab(Lab):
     def feature(self, mask: int) -> bool:
         """Whether all bits of `mask` are 1 in CPUID Fn8000_000A_EDX."""
         return self.facts.features & mask == mask
+
+    def physical_width(self) -> int:
+        """The supported physical address size in bits, CPUID Fn8000_0008_EAX[7:0]."""
+        return self.l1.cpuid(LEAF_SIZES).value["rax"] & 0xFF
 
     # -- fields to change ----------------------------------------------------------------------
 

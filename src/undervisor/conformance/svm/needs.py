@@ -15,3 +15,6 @@ def feature(name: str) -> Need:
 
     bits = SvmFeatures.FIELDS[name]
     return Need(f"the SVM feature {bits.about or name}", present)
+
+
+NPT = feature("np")
