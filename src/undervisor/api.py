@@ -15,11 +15,8 @@ children).  `docs/api.md` has a worked example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from undervisor.arch.x86.boot import BootMode
 from undervisor.arch.x86.events import Vector
@@ -33,10 +30,23 @@ from undervisor.hypervisor.trace import Transition
 from undervisor.hypervisor.verdict import Ending, Outcome
 from undervisor.targets import DEFAULT_MEMORY, Job
 from undervisor.targets.builtin import build
+from undervisor.testing.entries import FailedEntry, failed_entry
+from undervisor.testing.events import Event, What
+from undervisor.testing.expectations import (
+    LIMIT,
+    ExpectationFailed,
+    Expectations,
+    check_event,
+    check_outcome,
+    wanted_words,
+)
+from undervisor.testing.history import History, matching
 
 __all__ = [
     "Decision",
     "Event",
+    "ExpectationFailed",
+    "FailedEntry",
     "L2Exception",
     "NotThere",
     "Outcome",
@@ -46,34 +56,10 @@ __all__ = [
     "World",
 ]
 
-LIMIT: Final = 60.0
-"""Seconds of host time that `run_until` waits unless it is told otherwise."""
-
-
-class What(Enum):
-    """What ended a run."""
-
-    TRANSITION = "a transition that was asked for"
-    SERIAL = "serial output that was asked for"
-    END = "the run is over"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Why `run_until` came back; `transition` and `outcome` are set where there is one.
-
-    After a transition it has been carried out: level `transition.to` is the one that runs.
-    """
-
-    what: What
-    transition: Transition | None = None
-    outcome: Outcome | None = None
-
-
 Predicate = Callable[[Transition], bool]
 
 
-class Vm:
+class Vm(Expectations):
     """A machine with an image, in this process."""
 
     def __init__(
@@ -96,6 +82,8 @@ class Vm:
         job = Job(_parse(data, name, raw), cpus, memory, append, tuple(modules))
         self.serial = bytearray()
         """Everything that the guest has sent."""
+        self.history = History()
+        """The last transitions, how many there were, and the VM entries that failed."""
         self._predicate: Predicate | None = None
         self._text: bytes | None = None
         self._seen_from = 0
@@ -115,10 +103,14 @@ class Vm:
 
     # -- running -------------------------------------------------------------------------------
 
-    def run(self, timeout: float | None = None) -> Outcome:
-        """Run to the end, or for `timeout` seconds of host time."""
+    def run(self, timeout: float | None = None, *, check: bool = False) -> Outcome:
+        """Run to the end, or for `timeout` seconds of host time.
+
+        With `check`, GuestDied, TimedOut or SiliconDied where the guest did not end the run.
+        """
         self._predicate, self._text, self._hit = None, None, None
-        return self.machine.run(timeout)
+        outcome = self.machine.run(timeout)
+        return check_outcome(outcome, timeout) if check else outcome
 
     def run_until(
         self,
@@ -130,20 +122,29 @@ class Vm:
         reason: str | None = None,
         serial: bytes | str | None = None,
         timeout: float = LIMIT,
+        check: bool = False,
     ) -> Event:
         """Run to a transition of which everything that is given holds, or to some serial output.
 
         `level` left, `to` goes on; `reason` is a part of the reason, in any case; `when` is asked
         last.  `serial` may be a text that has come since the last call, and counts on its own.
+        With `check`, an end before the event is an error: as of `run`, else ExpectationFailed.
         """
         self._predicate = _predicate(when, level, to, vcpu, reason, alone=serial is None)
         self._text = serial.encode() if isinstance(serial, str) else serial
-        self._hit = None
-        outcome = self.machine.run(timeout)
+        event = self._run_to_event(timeout)
+        if not check:
+            return event
+        return check_event(event, wanted_words(level, to, vcpu, reason, serial), timeout)
+
+    def _run_to_event(self, timeout: float) -> Event:
+        self._hit = Event(What.SERIAL) if self._text_has_come() else None
+        if self._hit is None:
+            outcome = self.machine.run(timeout)
+            if outcome.ending is not Ending.STOPPED or self._hit is None:
+                self._hit = Event(What.END, outcome=outcome)
         self._predicate, self._text = None, None
-        if outcome.ending is Ending.STOPPED and self._hit is not None:
-            return self._hit
-        return Event(What.END, outcome=outcome)
+        return self._hit
 
     def send(self, data: bytes) -> None:
         """Input for the guest's serial port."""
@@ -152,8 +153,12 @@ class Vm:
     def _transition(self, transition: Transition) -> None:
         if transition.level == 2 and transition.to == 1:
             self._keep(transition.vcpu)
+        self._remember(transition, failed_entry(self.machine.vcpus[transition.vcpu], transition))
         if self._predicate is not None and self._predicate(transition):
             self._stop(Event(What.TRANSITION, transition=transition))
+
+    def _remember(self, transition: Transition, failed: FailedEntry | None) -> None:
+        self.history.add(transition, failed)
 
     def _keep(self, vcpu: int) -> None:
         """L2's general registers at its exit: L1 will use them for itself."""
@@ -162,17 +167,48 @@ class Vm:
 
     def _received(self, data: bytes) -> None:
         self.serial += data
-        if self._text is None:
-            return
-        at = self.serial.find(self._text, self._seen_from)
-        if at >= 0:
-            self._seen_from = at + len(self._text)
+        if self._text_has_come():
             self._stop(Event(What.SERIAL))
+
+    def _text_has_come(self) -> bool:
+        """Whether the text that is waited for is there; it is not found again."""
+        at = -1 if self._text is None else self.serial.find(self._text, self._seen_from)
+        if self._text is None or at < 0:
+            return False
+        self._seen_from = at + len(self._text)
+        return True
 
     def _stop(self, event: Event) -> None:
         if self._hit is None:
             self._hit = event
             self.machine.request_stop()
+
+    # -- what has happened ---------------------------------------------------------------------
+
+    def printed(self) -> bytes:
+        """Everything that the guest has sent to its serial port."""
+        return bytes(self.serial)
+
+    def exits(
+        self,
+        level: int | None = None,
+        to: int | None = None,
+        vcpu: int | None = None,
+        reason: str | None = None,
+    ) -> list[Transition]:
+        """The last 20,000 transitions, as far as all that is given holds of them."""
+        return self.history.exits(level, to, vcpu, reason)
+
+    def counts(self) -> Mapping[tuple[int, int, int, str], int]:
+        """How many transitions there were, by (vCPU, level that left, level that went on, reason).
+
+        These are exact, however long the run was.
+        """
+        return self.history.counts
+
+    def failures(self) -> list[str]:
+        """The last hundred VM entries that failed, each with its broken rules, in words."""
+        return [str(failed) for failed in self.history.failed]
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -244,12 +280,6 @@ def _predicate(
     part = None if reason is None else reason.lower()
 
     def holds(transition: Transition) -> bool:
-        return (
-            level in (None, transition.level)
-            and to in (None, transition.to)
-            and vcpu in (None, transition.vcpu)
-            and (part is None or part in transition.reason.lower())
-            and (when is None or when(transition))
-        )
+        return matching(transition, level, to, vcpu, part) and (when is None or when(transition))
 
     return holds
