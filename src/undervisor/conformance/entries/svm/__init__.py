@@ -1,0 +1,1 @@
+"""Broken VMRUNs: the states, how each rule is broken, and VMRUN itself."""
