@@ -18,7 +18,7 @@ from undervisor.arch.svm.vmcb import SIZE, NestedControl, Vmcb, VmcbField
 from undervisor.arch.x86.segments import Segment
 from undervisor.conformance.lab import Lab
 from undervisor.conformance.places import CS64, DS, TR
-from undervisor.conformance.svm.run import READ, Run
+from undervisor.conformance.svm.run import BRIEF, READ, Ranges, Run
 from undervisor.guest.probe.client import Batch, Probe
 from undervisor.guest.probe.l1 import CODE_SEGMENT, DATA_SEGMENT, L1State
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
@@ -136,14 +136,19 @@ class SvmLab(Lab):
         return self.resume(beyond | dict(changes or {}), given | dict(registers or {}))
 
     def sweep(self, cases: Sequence[Changes], *, wants: Iterable[Intercept] = ()) -> list[Run]:
-        """A VMRUN for each of `cases`, as independent as by `run`, in as few requests as fit."""
+        """A VMRUN for each of `cases`, as independent as by `run`, in as few requests as fit.
+
+        Of the VMCB after each exit there is only `BRIEF`.
+        """
         batch, runs = Batch(), []
+        base, template = self.area(None, wants), self.places.scratch + 0x4000
+        batch.write(template, bytes(base))
         for case in cases:
-            area = self.area(case, wants)
-            self._send(batch, area)
-            runs.append(self.plan_entry(batch, None))
-            # What the exit changed is written anew for the next one.
-            self._there = bytearray()
+            batch.copy(self.places.control, template, SIZE)
+            self._there = bytearray(base)
+            self._send(batch, _changed(base, case))
+            runs.append(self.plan_entry(batch, None, ranges=BRIEF))
+        self._there = bytearray()
         self.execute(batch)
         return runs
 
@@ -161,12 +166,18 @@ class SvmLab(Lab):
             area[intercept // 8] &= ~(1 << intercept % 8)
         return area
 
-    def plan_entry(self, batch: Batch, registers: Mapping[str, int] | None, vmcb: int = 0) -> Run:
+    def plan_entry(
+        self,
+        batch: Batch,
+        registers: Mapping[str, int] | None,
+        vmcb: int = 0,
+        ranges: Ranges = READ,
+    ) -> Run:
         """Add to `batch`: VMRUN, and the reading of what the exit wrote."""
         where = vmcb or self.places.control
         answer = batch.svm_run(where, registers)
-        parts = tuple(batch.read(where + offset, size) for offset, size in READ)
-        return Run(answer, parts, self.vector_of)
+        parts = tuple(batch.read(where + offset, size) for offset, size in ranges)
+        return Run(answer, parts, self.vector_of, ranges)
 
     def plan_launch(self, batch: Batch, area: bytes, vmcb: int = 0) -> None:
         """Add to `batch`: the whole VMCB, written where it is not the lab's own known one."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.vmcb import SIZE, EventInfo, Vmcb, VmcbField
 from undervisor.conformance.expect import Broken, equal, words
 from undervisor.guest.probe.answers import Answer, L2Run
 
-READ: tuple[tuple[int, int], ...] = ((0, 0x158), (0x400, 0x2A0))
-"""What is read of a VMCB after an exit: offset and size of the control and the save area."""
+Ranges = tuple[tuple[int, int], ...]
+"""Offsets and sizes of parts of a VMCB."""
+READ: Final[Ranges] = ((0, 0x158), (0x400, 0x2A0))
+"""What is read of a VMCB after an exit: the control and the save area."""
+BRIEF: Final[Ranges] = ((0x60, 0x70), (0x570, 0x90))
+"""The exit's information, nRIP, RFLAGS, RIP, RSP and RAX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +26,14 @@ class Run:
     answer: Answer[L2Run]
     parts: tuple[Answer[bytes], ...]
     vector_of: Callable[[int], int | None]
+    ranges: Ranges = READ
 
     @property
     def vmcb(self) -> Vmcb:
         """The VMCB after the exit."""
         _ = self.answer.value
         area = bytearray(SIZE)
-        for (offset, size), part in zip(READ, self.parts, strict=True):
+        for (offset, size), part in zip(self.ranges, self.parts, strict=True):
             area[offset : offset + size] = part.value
         return Vmcb(area)
 
