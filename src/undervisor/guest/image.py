@@ -56,6 +56,8 @@ class Image:
 
     protocol: Protocol
     kernel: Kernel
+    file: bytes = b""
+    """The file itself, for machines that load it by themselves; none of a flat binary."""
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ class Image:
         """The image in `data`; BadInput where no protocol starts it or its headers are wrong."""
         for protocol, recognise in RECOGNISE.items():
             if kernel := recognise(data, name):
-                return cls(protocol, _with_entry_inside(kernel))
+                return cls(protocol, _with_entry_inside(kernel), data)
         if elf.is_elf(data):
             raise BadInput(
                 f"{name}: an ELF file with neither a Multiboot header nor a PVH entry note",

@@ -34,6 +34,15 @@ ROWS: Final[dict[str, Row]] = {
         ("intel", "amd"),
         quirks=True,
     ),
+    "qemu": Row(
+        "QEMU, its TCG: SVM in software", "undervisor.targets.qemu", "QemuTarget", ("amd",)
+    ),
+    "bochs": Row(
+        "Bochs, an interpreter with VMX and SVM",
+        "undervisor.targets.bochs",
+        "BochsTarget",
+        ("intel", "amd"),
+    ),
 }
 
 
