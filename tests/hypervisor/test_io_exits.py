@@ -105,6 +105,14 @@ def test_a_count_that_is_longer_than_one_exit_handles_is_finished():
     assert result.machine.memory.read(0x200000, 40001) == b"\xff" * 40000 + b"\0"
 
 
+def test_a_string_goes_on_from_page_to_page():
+    """An element may lie across two of them."""
+    text = "mov edx, 0x1234; mov rdi, 0x3ffffd; mov ecx, 4; rep insd"
+    result = run(text + "; mov r8, rdi")
+    assert (result.rcx, result.r8) == (0, 0x40000D)
+    assert result.machine.memory.read(0x3FFFFC, 18) == b"\0" + b"\xff" * 16 + b"\0"
+
+
 def test_insw_stores_what_the_port_gives():
     result = run(f"mov edi, {DATA:#x}; mov edx, 0x1234; insw; mov rax, [{DATA:#x}]; mov r8, rax")
     assert result.r8 == 0xFFFF

@@ -69,6 +69,15 @@ def store(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
         vcpu.memory.write(hpa, value.to_bytes(size, "little"))
 
 
+def plain_memory(vcpu: Vcpu, gva: int, *, write: bool) -> int | None:
+    """Where a byte of RAM is, all of whose page is plain memory; None where it is not or faults."""
+    hpa = vcpu.translate(gva, WRITE if write else 0)
+    if isinstance(hpa, Fault) or _in_window(vcpu, hpa) or (write and vcpu.machine.is_rom(hpa)):
+        return None
+    page = hpa & -PAGE
+    return hpa if vcpu.memory.is_ram(page, PAGE) and not _is_device(vcpu, hpa) else None
+
+
 def check_store(vcpu: Vcpu, gva: int, size: int) -> None:
     """GuestFault where a store would fault: nothing may be half done."""
     for at in (gva, gva + size - 1 & _MASK64):

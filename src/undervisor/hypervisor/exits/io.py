@@ -13,6 +13,7 @@ from undervisor.hypervisor import decode, mmio
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
 from undervisor.silicon.layout import Env
+from undervisor.silicon.memory import PAGE
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.vcpu import Vcpu
@@ -25,6 +26,7 @@ _MASK64: Final = (1 << 64) - 1
 # A repeated string instruction may be interrupted between any two iterations: it exits again.
 _MOST_ITERATIONS: Final = 4096
 _ON_IO: Final = 2  # R/W = 10b, while CR4.DE is set
+_TRAP_OR_DOWN: Final = Rflags.tf | Rflags.df
 _TSS_IO_MAP: Final = 102
 _TSS32_TYPES: Final = (9, 11)
 
@@ -119,6 +121,8 @@ def _string(vcpu: Vcpu, port: int, size: int, is_in: bool) -> Verdict:
     for _ in range(_MOST_ITERATIONS if repeated else 1):
         if repeated and not q[counter] & mask:
             return ADVANCE[decoded.len]
+        if repeated and mask == _MASK64 and _block(vcpu, decoded, port, size, is_in):
+            break
         _iterate(vcpu, decoded, port, size, is_in)
         if repeated:
             q[counter] = decode.merge(q[counter], q[counter] - 1, mask)
@@ -127,6 +131,33 @@ def _string(vcpu: Vcpu, port: int, size: int, is_in: bool) -> Verdict:
     if not repeated or not q[counter] & mask:
         return ADVANCE[decoded.len]
     return vcpu.interrupted_iteration()
+
+
+def _block(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool) -> bool:
+    """The iterations whose memory is in one page of RAM, translated once; False: one by one.
+
+    Nothing can trap between them, and what a port raises ends them.
+    """
+    q, ports = vcpu.state.q, vcpu.machine.platform.ports
+    if vcpu.step is not None or vcpu.state.rflags & _TRAP_OR_DOWN or vcpu.state.dr7 & 0xFF:
+        return False
+    where = decode.linear_address(vcpu, decoded, 0 if is_in else 1)
+    count = min(q[1], (PAGE - where % PAGE) // size)
+    hpa = mmio.plain_memory(vcpu, where, write=is_in) if count > 1 else None
+    if hpa is None:
+        return False
+    done = 0
+    while done < count and not (done and vcpu.attention):
+        at = hpa + done * size
+        if is_in:
+            vcpu.memory.write(at, ports.read(port, size).to_bytes(size, "little"))
+        else:
+            ports.write(port, size, int.from_bytes(vcpu.memory.read(at, size), "little"))
+        done += 1
+    index = 7 if is_in else 6
+    q[1] -= done
+    q[index] = q[index] + done * size & _MASK64
+    return True
 
 
 def _iterate(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool) -> None:
