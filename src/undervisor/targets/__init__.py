@@ -14,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from undervisor.arch.x86.boot import MemoryMap
-from undervisor.guest.image import Image, Module, Placement
+
+if TYPE_CHECKING:  # the agent of the `kvm` target needs the words below and no loader
+    from undervisor.guest.image import Image, Module, Placement
 
 DEFAULT_MEMORY = 256 << 20
 

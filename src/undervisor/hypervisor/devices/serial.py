@@ -86,11 +86,17 @@ class Serial:
     """One UART of eight byte-wide registers.
 
     `irq(level)` drives its interrupt line; `sink(bytes)` takes output; `feed` gives input.
-    `on_starved` is called now and then while the guest polls for input that is not there.
+    `on_starved` is called at every `starved_polls`th look for input that is not there.
     """
 
-    def __init__(self, irq: Callable[[bool], None], sink: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        irq: Callable[[bool], None],
+        sink: Callable[[bytes], None],
+        starved_polls: int = STARVED_POLLS,
+    ) -> None:
         self._irq = irq
+        self._starved_polls = starved_polls
         self._line = False
         self._output = Output(sink)
         self._waiting: deque[int] = deque()  # from the host, not yet in the UART
@@ -224,7 +230,7 @@ class Serial:
             self._idle_polls += 1
             if self._idle_polls == 2:
                 self._output.flush()
-            if self._idle_polls % STARVED_POLLS == 0:
+            if self._idle_polls % self._starved_polls == 0:
                 self.on_starved()
         if self._overrun:
             self._overrun = 0
