@@ -305,7 +305,6 @@ def changed_intercepts_with_a_clear_clean_bit_are_seen(lab: SvmLab) -> None:
 # -- the VMCB under a second processor's hands --------------------------------------------------
 
 ROUNDS: Final = 300
-FLIPS: Final = 60000
 
 
 @guest_test("APM: VMRUN Instruction", "APM: VMCB", cpus=2)
@@ -323,7 +322,10 @@ def a_checked_vmcb_is_the_one_that_is_used(lab: SvmLab) -> None:
         mov %cr0, %rax; shr $32, %rax; add %rax, %r13
     """)
     runs = f"""
-    1:  movq ${places.code:#x}, CONTROL + {int(F.RIP)}
+    0:  pause; cmpq $0, DATA; je 0b
+    1:  mov $2000, %ecx
+    4:  dec %ecx; jnz 4b
+        movq ${places.code:#x}, CONTROL + {int(F.RIP)}
         mov $CONTROL, %eax; vmrun %rax; stgi
         cmpq $-1, CONTROL + {int(F.EXITCODE)}; je 2f
         inc %r14
@@ -331,21 +333,24 @@ def a_checked_vmcb_is_the_one_that_is_used(lab: SvmLab) -> None:
         inc %r15; jmp 3f
     2:  inc %r12
     3:  dec %rbp; jnz 1b
+        movq $1, DATA + 8
     """
     legal, illegal = lab.vmcb.efer, lab.vmcb.efer & ~Efer.svme
+    # Each state lasts as long as the others, wherever a scheduler interrupts.
     flips = f"""
-    1:  movq ${illegal:#x}, {places.control + F.EFER:#x}
-        movb $1, {places.control + F.CR0 + 4:#x}
-        movq ${legal:#x}, {places.control + F.EFER:#x}
-        movb $0, {places.control + F.CR0 + 4:#x}
-        dec %rcx; jnz 1b
+    1:  movq ${illegal:#x}, {places.control + F.EFER:#x}; jmp 2f
+    2:  movq ${legal:#x}, {places.control + F.EFER:#x}
+        movb $1, {places.control + F.CR0 + 4:#x}; jmp 3f
+    3:  movb $0, {places.control + F.CR0 + 4:#x}
+        movq $1, {places.data}; cmpq $0, {places.data + 8}; je 1b
     """
     first, second = Batch(), Batch()
+    lab.fill(places.data, 16)
     lab.plan_launch(first, bytes(lab.area()))
     lab.execute(first)
     first = Batch()
     ran = first.call(lab.assemble(runs), {"rbp": ROUNDS}, ["r12", "r13", "r14", "r15"])
-    done = second.call(lab.assemble(flips), {"rcx": FLIPS}, [])
+    done = second.call(lab.assemble(flips), {}, [])
     together({lab: first, other: second})
     _ = done.value
     counts = ran.value
