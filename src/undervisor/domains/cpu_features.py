@@ -63,9 +63,7 @@ def extension_of(vendor: str) -> str:
     """`vmx` or `svm` by a vendor's name; BadInput for another."""
     extension = _VENDORS.get(vendor.lower())
     if extension is None:
-        raise BadInput(
-            f"{vendor!r} is no vendor with a virtualization extension", hint="intel, amd"
-        )
+        raise BadInput(f"{vendor!r} is no vendor that we know", hint="intel, amd")
     return extension
 
 
