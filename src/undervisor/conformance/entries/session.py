@@ -2,6 +2,8 @@
 
 A wrong L0 may let L2 run with any state, so nothing after a wrong entry is trusted: the machine is
 started again.  Where it dies or hangs, the entries of the batch are made one by one to find which.
+An entry that must end in a VMX abort is made on a second processor where there is one, and the
+first one looks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from undervisor.conformance.entries.vmx.entries import VmxEntries
 from undervisor.errors import GuestDied, TimedOut
 from undervisor.guest.image import Image
 from undervisor.guest.probe.client import Batch, Probe, ProbeSilent
+from undervisor.guest.probe.l1 import Runner
 from undervisor.guest.probe.program import program
 from undervisor.targets import End, Job, Running, Target
 
@@ -59,7 +62,7 @@ class Row:
 class Entries(Protocol):
     """A probe whose processor is asked to enter states of its vendor."""
 
-    probe: Probe
+    runner: Runner
     rules: tuple[str, ...]
 
     def trial(self, rule: str) -> Trial | NotApplicable:
@@ -71,8 +74,11 @@ class Entries(Protocol):
     def broken(self, trial: Trial, batch: Batch) -> Callable[[], Seen]:
         """Enter the broken state."""
 
+    def abort_indicator(self) -> int:
+        """What a VMX abort has left in the VMCS, 0 for none; asked of the first processor."""
 
-VENDORS: Final[dict[str, Callable[[Probe], Entries]]] = {"vmx": VmxEntries, "svm": SvmEntries}
+
+VENDORS: Final[dict[str, Callable[[Probe, int], Entries]]] = {"vmx": VmxEntries, "svm": SvmEntries}
 
 
 class Session:
@@ -107,19 +113,20 @@ class Session:
 
     def _batch(self, trials: list[Trial]) -> Iterator[Row]:
         """As many as can be believed from one request, then the rest."""
+        one_by_one = False
         while trials:
-            rows = self._try(trials) or [self._alone(trials[0])]
+            rows = [] if one_by_one or trials[0].expected.fatal else self._try(trials)
+            if not rows:
+                rows = [self._single(trials[0])]
+                one_by_one = rows[0].result is Result.AGREES
             yield from rows
             trials = trials[len(rows) :]
 
     def _try(self, trials: list[Trial]) -> list[Row]:
         """Rows up to the first entry that went wrong; none where the machine was lost."""
-        if any(trial.expected.fatal for trial in trials[:1]):
-            return []
         trials = [trial for trial in trials if not trial.expected.fatal]
         seen = self._perform(trials)
         if isinstance(seen, Seen):
-            self._end()
             return []
         rows = []
         for trial, (before, after) in zip(trials, seen, strict=True):
@@ -129,35 +136,54 @@ class Session:
                 break
         return rows
 
-    def _alone(self, trial: Trial) -> Row:
-        """One entry in a machine of its own."""
-        self._end()
-        before, batch = Seen(How.DIED), Batch()
-        entries = self._started()
-        look = entries.unbroken(trial, batch)
-        try:
-            entries.probe.run(batch, self._answer_time)
-            before = look()
-        except (GuestDied, TimedOut) as error:
-            before = self._lost(error)
+    def _single(self, trial: Trial) -> Row:
+        """One entry in requests of its own."""
+        if trial.expected.fatal:
+            return self._last(trial)
+        before = self._ask(lambda entries, batch: entries.unbroken(trial, batch))
         if not before.entered:
             self._end()
             return _row(trial, before, before)
-        seen = self._perform([trial])
-        if isinstance(seen, Seen):
+        row = _row(trial, before, self._ask(lambda entries, batch: entries.broken(trial, batch)))
+        if row.result is not Result.AGREES:
             self._end()
-            return _row(trial, before, seen)
-        return _row(trial, *seen[0])
+        return row
+
+    def _last(self, trial: Trial) -> Row:
+        """An entry that its processor does not survive, if possible with another one to look."""
+        self._end()
+        self._start(processor=1 if self.target.abilities.most_cpus > 1 else 0)
+        before = self._ask(lambda entries, batch: entries.unbroken(trial, batch))
+        after = before
+        if before.entered:
+            after = self._ask(lambda entries, batch: entries.broken(trial, batch))
+        if after.how is How.SILENT and self._entries is not None:
+            indicator = self._entries.abort_indicator()
+            after = Seen(How.ABORT, indicator) if indicator else after
+        self._end()
+        return _row(trial, before, after)
+
+    def _ask(self, enter: Callable[[Entries, Batch], Callable[[], Seen]]) -> Seen:
+        """One entry; or how the machine was lost."""
+        entries, batch = self._started(), Batch()
+        look = enter(entries, batch)
+        try:
+            entries.runner.run(batch, self._answer_time)
+            return look()
+        except (GuestDied, TimedOut) as error:
+            return self._lost(error)
 
     def _perform(self, trials: list[Trial]) -> list[tuple[Seen, Seen]] | Seen:
         """Both entries of each trial in one request; or how the machine was lost."""
         entries, batch = self._started(), Batch()
         looks = [(entries.unbroken(t, batch), entries.broken(t, batch)) for t in trials]
         try:
-            entries.probe.run(batch, self._answer_time)
+            entries.runner.run(batch, self._answer_time)
             return [(before(), after()) for before, after in looks]
         except (GuestDied, TimedOut) as error:
-            return self._lost(error)
+            seen = self._lost(error)
+            self._end()
+            return seen
 
     def _lost(self, error: GuestDied | TimedOut) -> Seen:
         """What became of the machine that gave no answer."""
@@ -173,13 +199,18 @@ class Session:
 
     def _started(self) -> Entries:
         """The machine, started if there is none."""
-        if self._entries is None:
-            job = Job(Image.parse(program().elf, "probe"), memory=MEMORY)
-            self._running = self.target.start(job)
-            self.boots += 1
-            probe = Probe(self._running)
-            probe.wait_for_hello(BOOT_TIME)
-            self._entries = self._make(probe)
+        return self._entries or self._start()
+
+    def _start(self, processor: int = 0) -> Entries:
+        """Start the machine; entries will be made on `processor`."""
+        job = Job(Image.parse(program().elf, "probe"), cpus=processor + 1, memory=MEMORY)
+        self._running = self.target.start(job)
+        self.boots += 1
+        probe = Probe(self._running)
+        probe.wait_for_hello(BOOT_TIME)
+        if processor:
+            probe.start_aps([processor])
+        self._entries = self._make(probe, processor)
         return self._entries
 
     def _end(self) -> None:

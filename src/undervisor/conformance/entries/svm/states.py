@@ -13,6 +13,7 @@ from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import SIZE, NestedControl, Vmcb
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.registers import Cr0, Efer
+from undervisor.conformance.entries.legacy import outside_long_mode
 from undervisor.guest.probe.l1 import DATA_SEGMENT, L1State
 from undervisor.guest.probe.program import FREE
 
@@ -20,10 +21,12 @@ BASE: Final = FREE + (2 << 20)
 HOST_SAVE, VMCB, TEMPLATES = (BASE + 0x1000 * n for n in (0, 1, 2))
 CODE, STACK, IOPM, MSRPM = (BASE + 0x1000 * n for n in (16, 18, 20, 24))
 NPT, PAE, AVIC = (BASE + 0x1000 * n for n in (28, 32, 36))
-END: Final = BASE + 0x1000 * 40
+OUTSIDE: Final = BASE + 0x1000 * 40
+END: Final = BASE + 0x1000 * 41
 EXIT: Final = b"\x0f\x01\xd9"
 """VMMCALL, which is intercepted."""
 EVERY_EXCEPTION: Final = 0xFFFF_FFFF
+_VMRUN: Final = "mov $VMCB_AT, %eax; vmrun %eax; stgi"
 _TABLE: Final = struct.Struct("<512Q")
 _SEGMENTS: Final = (F.DS_SELECTOR, F.ES_SELECTOR, F.SS_SELECTOR)
 
@@ -31,6 +34,7 @@ _SEGMENTS: Final = (F.DS_SELECTOR, F.ES_SELECTOR, F.SS_SELECTOR)
 def memory() -> Iterator[tuple[int, bytes]]:
     """What must be in memory before any VMRUN; the rest from `BASE` on to `END` is zero."""
     yield CODE, EXIT
+    yield OUTSIDE, outside_long_mode(_VMRUN, OUTSIDE, VMCB_AT=VMCB)
     yield NPT, struct.pack("<Q", NPT + 0x1000 | 7)
     yield NPT + 0x1000, struct.pack("<Q", NPT + 0x2000 | 7)
     leaves = _TABLE.pack(*(n << 21 | 0x87 for n in range(512)))

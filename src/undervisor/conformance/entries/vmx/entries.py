@@ -9,6 +9,7 @@ from typing import Final
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.conformance.entries.trial import How, NotApplicable, Seen, Trial
 from undervisor.conformance.entries.vmx import breaks
+from undervisor.conformance.entries.vmx import outside as from_32_bit_host
 from undervisor.conformance.entries.vmx.processor import (
     VmxProcessor,
     known_fields,
@@ -33,6 +34,8 @@ from undervisor.guest.probe.vmx_setup import vmx_on
 
 _ENTRY_FAILURE: Final = 1 << 31
 _ROW: Final = struct.Struct("<IQ")
+HOST_32: Final = "host-32"
+"""The valid state of a 32-bit host."""
 _MODE_ROOM: Final = 0x1000
 Look = Callable[[], Seen]
 
@@ -42,18 +45,19 @@ class VmxEntries:
 
     rules = breaks.ALL
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
+    def __init__(self, probe: Probe, processor: int = 0) -> None:
+        self.probe, self.runner = probe, probe.on(processor)
         batch = Batch()
         batch.fill(BASE, END - BASE)
         for gpa, data in memory():
             batch.write(gpa, data)
+        batch.write(*from_32_bit_host.program())
         probe.run(batch)
-        facts = vmx_on(probe, REGION, VMCS)
+        facts = vmx_on(self.runner, REGION, VMCS)
         self.processor = VmxProcessor(
-            read_capabilities(probe), known_fields(probe, SCRATCH), facts.l1
+            read_capabilities(self.runner), known_fields(self.runner, SCRATCH), facts.l1
         )
-        self.states = VmxStates(self.processor, Block(0))
+        self.states = VmxStates(self.processor, Block(processor))
         self._rows: dict[str, int] = {}
 
     def trial(self, rule: str) -> Trial | NotApplicable:
@@ -62,25 +66,36 @@ class VmxEntries:
 
     def unbroken(self, trial: Trial, batch: Batch) -> Look:
         """Enter the valid state that `trial` starts from; what happened, when the batch has run."""
-        return self._enter(trial.mode, {}, batch, alone=False)
+        return self._enter(trial, trial.mode == HOST_32, {}, batch)
 
     def broken(self, trial: Trial, batch: Batch) -> Look:
         """Enter the broken state; memory is put back behind it."""
         for patch in trial.patches:
             batch.write(patch.gpa, patch.data)
-        look = self._enter(trial.mode, trial.changes, batch, alone=trial.alone)
+        look = self._enter(trial, trial.outside, trial.changes, batch)
         for patch in trial.patches:
             batch.write(patch.gpa, patch.before)
         return look
 
-    def _enter(self, mode: str, changes: Mapping[int, int], batch: Batch, *, alone: bool) -> Look:
+    def abort_indicator(self) -> int:
+        """What a VMX abort has left in the VMCS, 0 for none. SDM 3C "VMX Aborts"."""
+        batch = Batch()
+        indicator = batch.read(VMCS + 4, 4)
+        self.probe.run(batch)
+        return int.from_bytes(indicator.value, "little")
+
+    def _enter(self, trial: Trial, outside: bool, changes: Mapping[int, int], batch: Batch) -> Look:
         batch.vmclear(VMCS)
         batch.vmptrld(VMCS)
-        written = [self._write_state(mode, batch)]
+        written = [self._write_state(trial.mode, batch)]
         if changes:
             batch.write(CHANGES, b"".join(_ROW.pack(n, v) for n, v in changes.items()))
             written.append(_write_rows(batch, CHANGES, len(changes)))
-        run = batch.vmlaunch() if alone else batch.vmx_run()
+        alone = trial.alone and bool(changes)
+        if outside:
+            run: Answer[L2Run] | Answer[VmxResult] = from_32_bit_host.run(batch, alone=alone)
+        else:
+            run = batch.vmlaunch() if alone else batch.vmx_run()
         reason = batch.vmread(F.EXIT_REASON)
         qualification = batch.vmread(F.EXIT_QUALIFICATION)
         return lambda: _seen(written, run.outcome, reason, qualification)

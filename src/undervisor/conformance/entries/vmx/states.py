@@ -26,13 +26,14 @@ from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Cr4
 from undervisor.conformance.entries.trial import Patch
 from undervisor.conformance.entries.vmx.processor import VmxProcessor
-from undervisor.guest.probe.program import FREE, Block
+from undervisor.guest.probe.program import CODE32, FREE, Block
 from undervisor.guest.probe.vmx_setup import host_fields
 
 # Pages of their own for everything that a VMCS can name, above what CPL 3 may use.
 BASE: Final = FREE + (2 << 20)
 REGION, VMCS, LINK, SCRATCH = (BASE + 0x1000 * n for n in (0, 1, 2, 4))
 CODE, STACK, APIC_PAGE, MSR_LIST = (BASE + 0x1000 * n for n in (16, 18, 19, 20))
+OUTSIDE = BASE + 0x1000 * 21
 EPT, PAE = BASE + 0x1000 * 24, BASE + 0x1000 * 28
 ROWS, CHANGES = BASE + 0x1000 * 32, BASE + 0x1000 * 48
 STRUCTURES: Final = BASE + 0x1000 * 64
@@ -155,6 +156,9 @@ class VmxStates:
         }
         if state[F.ENTRY_CONTROLS] & EntryControls.ia32e_mode_guest:
             found[F.GUEST_EFER] = l1.efer
+        if mode == "host-32":
+            found |= {F.HOST_CR3: PAE, F.HOST_CR4: l1.cr4 & ~Cr4.pcide, F.HOST_EFER: 0}
+            found[F.HOST_CS_SELECTOR] = CODE32
         if mode == "real":
             found[F.GUEST_CR0] = l1.cr0 & ~(Cr0.pe | Cr0.pg)
             found[F.GUEST_CR4] = l1.cr4 & ~Cr4.pae
