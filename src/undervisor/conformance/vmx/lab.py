@@ -59,6 +59,9 @@ ZERO: Final = (
     F.PAGE_FAULT_ERROR_CODE_MASK, F.PAGE_FAULT_ERROR_CODE_MATCH, F.ENTRY_INTERRUPTION_INFORMATION,
     F.ENTRY_MSR_LOAD_COUNT, F.EXIT_MSR_LOAD_COUNT, F.EXIT_MSR_STORE_COUNT,
 )  # fmt: skip
+RESIDENT, USUAL = 0x5000, 0x6800
+"""Where in the scratch area `fields` are as rows, and the encodings of what each run reads."""
+ALIGNMENT: Final = 16
 EPT_LEAF, EPT_TABLE, EPT_LARGE = 0x37, 7, 0x80
 """RWX with memory type WB; RWX; a page of more than 4 KiB. SDM 3C, "EPT Translation Mechanism"."""
 EPTP: Final = 0x1E
@@ -76,6 +79,9 @@ class VmxLab(Lab):
         self.facts: VmxFacts
         self.fields: dict[int, int] = {}
         self._launched = False
+        self._touched: set[int] = set()  # what a run has changed, and so the next one writes
+        self._resident: tuple[tuple[int, int], ...] = ()  # `fields` as they are in memory
+        self._usual_there = False
 
     def on(self) -> None:
         """Enter VMX operation, make a VMCS current, and lay out an L2."""
@@ -197,7 +203,7 @@ class VmxLab(Lab):
         writes = self.plan_launch(batch, changes)
         run = self.plan_entry(batch, registers, resume=False, reads=reads)
         self.execute(batch)
-        self._all_written(writes, {**self.fields, **(changes or {})})
+        writes.check()
         self._launched = run.entered and not run.failed_entry
         return run
 
@@ -209,12 +215,13 @@ class VmxLab(Lab):
         reads: Iterable[F] = (),
     ) -> Run:
         """Go on from the last exit with some fields changed; the registers are all given anew."""
-        batch = Batch()
-        writes = batch.vmwrites(changes, self.places.scratch) if changes else None
+        batch, writes = Batch(), Writes()
+        if changes:
+            self._touched |= changes.keys()
+            writes.add(batch.vmwrites(changes, self.places.scratch), changes)
         run = self.plan_entry(batch, registers, resume=self._launched, reads=reads)
         self.execute(batch)
-        if changes and writes:
-            self._all_written(writes, changes)
+        writes.check()
         self._launched |= run.entered and not run.failed_entry
         return run
 
@@ -232,29 +239,53 @@ class VmxLab(Lab):
             beyond | dict(changes or {}), dict(run.registers) | dict(registers or {}), reads=reads
         )
 
-    def sweep(self, cases: Sequence[Changes], *, reads: Iterable[F] = ()) -> list[Run]:
-        """A launch for each of `cases`, as independent as by `run`, in as few requests as fit."""
-        runs, batch = [], Batch()
-        writes = [self.plan_launch(batch, None)]
-        for case in cases:
-            batch.vmclear(self.places.control)
-            batch.vmptrld(self.places.control)
-            begin = {f: v for f, v in self.fields.items() if f in _SPOILED}
-            writes.append(batch.vmwrites(begin | dict(case), self.places.scratch))
-            runs.append(self.plan_entry(batch, None, resume=False, reads=reads))
-            back = {f: self.fields.get(f, 0) for f in case}
-            writes.append(batch.vmwrites(back, self.places.scratch))
+    def sweep(
+        self,
+        cases: Sequence[Changes],
+        *,
+        sources: Sequence[str] = (),
+        registers: Mapping[str, int] | None = None,
+        reads: Iterable[F] = (),
+    ) -> list[Run]:
+        """A launch for each of `cases`, as independent as by `run`, in as few requests as fit.
+
+        With `sources` each case has code of its own; `run.start` is where it begins.
+        """
+        starts = self.place(sources) if sources else [self.fields[F.GUEST_RIP]] * len(cases)
+        runs, batch, writes = [], Batch(), Writes()
+        for case, start in zip(cases, starts, strict=True):
+            changes = {F.GUEST_RIP: start} | dict(case) if sources else case
+            writes.join(self.plan_launch(batch, changes))
+            runs.append(self.plan_entry(batch, registers, resume=False, reads=reads, start=start))
         self.execute(batch)
-        for write in writes:
-            self._all_written(write, None)
+        writes.check()
         self._launched = False
         return runs
 
-    def plan_launch(self, batch: Batch, changes: Changes | None) -> Answer[tuple[int, VmxResult]]:
+    def place(self, sources: Sequence[str]) -> list[int]:
+        """Put several pieces of L2's code in place, each ended as by `code`; where each begins."""
+        starts, at = [], self.places.code
+        for source in sources:
+            code = self.assemble(f"{source}\n{self.exit_instruction}\n", at)
+            self.write(at, code)
+            starts.append(at)
+            at += len(code) + ALIGNMENT & -ALIGNMENT
+        return starts
+
+    def plan_launch(self, batch: Batch, changes: Changes | None) -> Writes:
         """Add to `batch`: a clear VMCS with all fields, `changes` apart."""
-        batch.vmclear(self.places.control)
-        batch.vmptrld(self.places.control)
-        return batch.vmwrites({**self.fields, **(changes or {})}, self.places.scratch)
+        places, writes = self.places, Writes()
+        batch.vmclear(places.control)
+        batch.vmptrld(places.control)
+        there, self._resident = self._resident, tuple(self.fields.items())
+        rows = places.scratch + RESIDENT
+        writes.add(batch.vmwrites(self.fields, rows, there=there == self._resident), self.fields)
+        absent = dict.fromkeys(self._touched - self.fields.keys(), 0)
+        changes = absent | dict(changes or {})
+        self._touched |= changes.keys()
+        if changes:
+            writes.add(batch.vmwrites(changes, places.scratch), changes)
+        return writes
 
     def plan_entry(
         self,
@@ -263,21 +294,37 @@ class VmxLab(Lab):
         *,
         resume: bool,
         reads: Iterable[F] = (),
+        start: int = 0,
     ) -> Run:
         """Add to `batch`: VM entry, and VMREADs of what a test looks at."""
+        scratch = self.places.scratch
         answer: Answer[L2Run] = batch.vmx_run(registers, resume=resume)
-        asked = dict.fromkeys(f for f in (*EXIT_FIELDS, *SAVED, *reads) if f in self.known)
-        return Run(answer, batch.vmreads(asked, self.places.scratch), self.vector_of)
-
-    def _all_written(self, writes: Answer[tuple[int, VmxResult]], fields: Changes | None) -> None:
-        count, result = writes.value
-        if not result.succeeded:
-            which = F(list(fields)[count]).name if fields else f"field number {count}"
-            raise Broken(f"VMWRITE of {which}: {result.outcome.value} {words(result.error)}")
+        usual = [f for f in (*EXIT_FIELDS, *SAVED) if f in self.known]
+        fields = [batch.vmreads(usual, scratch + USUAL, there=self._usual_there)]
+        self._usual_there = True
+        if asked := [f for f in reads if f in self.known]:
+            fields.append(batch.vmreads(asked, scratch))
+        return Run(answer, fields, self.vector_of, start or self.fields[F.GUEST_RIP])
 
 
-_SPOILED: Final = frozenset(f for f in F if f.area is FieldArea.GUEST) | {
-    F.ENTRY_CONTROLS,
-    F.ENTRY_INTERRUPTION_INFORMATION,
-}
-"""What an entry and its exit change in the VMCS."""
+class Writes:
+    """VMWRITEs that must all succeed."""
+
+    def __init__(self) -> None:
+        self._writes: list[tuple[Answer[tuple[int, VmxResult]], Changes]] = []
+
+    def add(self, answer: Answer[tuple[int, VmxResult]], fields: Changes) -> None:
+        """The answer to a `vmwrites` of `fields`."""
+        self._writes.append((answer, fields))
+
+    def join(self, others: Writes) -> None:
+        """All of `others` too."""
+        self._writes += others._writes
+
+    def check(self) -> None:
+        """Broken where one failed."""
+        for answer, fields in self._writes:
+            count, result = answer.value
+            if not result.succeeded:
+                which = F(list(fields)[count]).name
+                raise Broken(f"VMWRITE of {which}: {result.outcome.value} {words(result.error)}")

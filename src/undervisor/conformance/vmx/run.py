@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from undervisor.arch.vmx.errors import VmInstructionError
@@ -20,12 +20,13 @@ BASIC_REASON = 0xFFFF
 class Run:
     """The answers of one VM entry; there when its batch has run.
 
-    `run[field]` is a field of the VMCS after the exit.
+    `run[field]` is a field of the VMCS after the exit, `start` where L2's code begins.
     """
 
     answer: Answer[L2Run]
-    fields: Answer[dict[int, int | None]]
+    reads: Sequence[Answer[dict[int, int | None]]]
     vector_of: Callable[[int], int | None]
+    start: int
 
     @property
     def result(self) -> VmxResult:
@@ -38,10 +39,13 @@ class Run:
         return self.answer.value.registers
 
     def __getitem__(self, field: F) -> int:
-        value = self.fields.value[field]
-        if value is None:
-            raise Broken(f"VMREAD of {field.name} fails after the VM exit")
-        return value
+        for read in reversed(self.reads):
+            if field in read.value:
+                value = read.value[field]
+                if value is None:
+                    raise Broken(f"VMREAD of {field.name} fails after the VM exit")
+                return value
+        raise KeyError(field)
 
     @property
     def entered(self) -> bool:
@@ -87,9 +91,8 @@ class Run:
         basic = reason & BASIC_REASON
         text = f"{failure}exit {_named(ExitReason, basic)}, "
         text += f"qualification {words(self.qualification)}, RIP {words(self.rip)}"
-        information = self.fields.value.get(F.EXIT_INTERRUPTION_INFORMATION) or 0
         if basic == ExitReason.EXCEPTION_OR_NMI:
-            text += f", interruption information {words(information)}"
+            text += f", interruption information {words(self[F.EXIT_INTERRUPTION_INFORMATION])}"
         if basic == ExitReason.VMCALL and (vector := self.vector_of(self.rip)) is not None:
             text += f": L2's handler of vector {vector}"
         return text

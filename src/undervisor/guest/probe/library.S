@@ -159,7 +159,7 @@ do_vmwrites:                        # rcx rows of field (4) and value (8) at rsi
     jnz 1b
 2:  test %rsp, %rsp                 # CF and ZF clear: all succeeded
     ret
-do_vmreads:                         # rcx fields (4) at rsi; value and RFLAGS (8, 8) of each to rdi
+do_vmreads:                         # rcx fields (4) at rsi; value and flags (8, 1) of each to rdi
     jrcxz 2f
 1:  mov (%rsi), %edx
     xor %eax, %eax
@@ -167,7 +167,7 @@ do_vmreads:                         # rcx fields (4) at rsi; value and RFLAGS (8
     pushfq
     stosq
     pop %rax
-    stosq
+    stosb
     add $4, %rsi
     dec %rcx
     jnz 1b

@@ -46,13 +46,15 @@ class VmxOps(BatchCore):
         """VMWRITE."""
         return self._vmx("vmwrite", {"rdi": field, "rsi": value})
 
-    def vmwrites(self, fields: Mapping[int, int], scratch: int) -> Answer[tuple[int, VmxResult]]:
+    def vmwrites(
+        self, fields: Mapping[int, int], scratch: int, *, there: bool = False
+    ) -> Answer[tuple[int, VmxResult]]:
         """VMWRITE of many fields, up to the first that fails: how many succeeded, the outcome.
 
-        `scratch` is memory for 12 bytes each.
+        `scratch` is memory for 12 bytes each; `there`: the same fields were written from it before.
         """
-        rows = b"".join(struct.pack("<IQ", field, value) for field, value in fields.items())
-        self.write(scratch, rows)
+        if not there:
+            self.write(scratch, b"".join(struct.pack("<IQ", *row) for row in fields.items()))
         total = len(fields)
         return self.call(
             "vmwrites",
@@ -61,20 +63,23 @@ class VmxOps(BatchCore):
             lambda r: (total - r["rcx"], VmxResult.of(r)),
         )
 
-    def vmreads(self, fields: Iterable[int], scratch: int) -> Answer[dict[int, int | None]]:
+    def vmreads(
+        self, fields: Iterable[int], scratch: int, *, there: bool = False
+    ) -> Answer[dict[int, int | None]]:
         """VMREAD of many fields; None for each that fails.
 
-        `scratch` is memory for 20 bytes each.
+        `scratch` is memory for 13 bytes each; `there`: the same fields were read by it before.
         """
         wanted = list(fields)
-        self.write(scratch, struct.pack(f"<{len(wanted)}I", *wanted))
+        if not there:
+            self.write(scratch, struct.pack(f"<{len(wanted)}I", *wanted))
         results = scratch + 4 * len(wanted)
         self.call("vmreads", {"rsi": scratch, "rdi": results, "rcx": len(wanted)}, [])
-        size = 16 * len(wanted)
+        size = 9 * len(wanted)
         answer: Answer[dict[int, int | None]] = Answer("VMREADs")
 
         def decode(data: bytes) -> dict[int, int | None]:
-            pairs = struct.iter_unpack("<2Q", data)
+            pairs = struct.iter_unpack("<QB", data)
             return {
                 field: None if flags & (CF | ZF) else value
                 for field, (value, flags) in zip(wanted, pairs, strict=True)

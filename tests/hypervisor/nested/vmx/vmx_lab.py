@@ -311,7 +311,7 @@ class Lab:
             assert writes.value[0] == len(wanted), (
                 f"VMWRITE of {list(wanted)[writes.value[0]]!r}: {writes.value[1]}"
             )
-        values = struct.iter_unpack("<2Q", self.memory.read(results, 16 * len(asked)))
+        values = struct.iter_unpack("<QB", self.memory.read(results, 9 * len(asked)))
         answer = Run(run, {f: v for f, (v, _) in zip(asked, values, strict=True)})
         if answer.entered and not answer.failed_entry:
             self.launched = True
