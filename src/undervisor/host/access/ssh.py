@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import selectors
 import shlex
 import subprocess
-import time
 from collections.abc import Sequence
 
 from undervisor.errors import BadInput
+from undervisor.host.access.frames import PREPARE, exchange
 from undervisor.host.access.process import environment, kill_group
 from undervisor.host.access.shell import ShellHost
 from undervisor.host.fact import Fact, Known, Unknown
@@ -25,7 +23,6 @@ _RESTARTS = 3
 _NAME = re.compile(
     r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}@)?[A-Za-z0-9_\[][A-Za-z0-9_.:%\]-]{0,252}"
 )
-_PREPARE = "LC_ALL=C; export LC_ALL; PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin; exec 3>&1\n"
 
 
 def ssh_command(destination: str, config: str = "") -> list[str]:
@@ -64,13 +61,17 @@ class SshHost(ShellHost):
             if trouble:
                 return trouble
         assert self._process is not None
-        word = secrets.token_hex(16)
+        assert self._process.stdout is not None
+        number = self._process.stdout.fileno()
         try:
-            return self._exchange(_request(script, word), word, timeout, limit)
+            fact = exchange(number, self._write, script, timeout, limit, self.name)
         except (OSError, ValueError) as error:
             why = self._last_words() or str(error)
             self._end()
             return Unknown(self.name, why)
+        if isinstance(fact, Unknown) and fact.code:  # it still works on this request
+            self._end()
+        return fact
 
     def close(self) -> None:
         """End the connection."""
@@ -96,7 +97,7 @@ class SshHost(ShellHost):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
         try:
-            self._write(_PREPARE.encode())
+            self._write(PREPARE.encode())
         except OSError:
             return Unknown(self.name, self._last_words() or "the connection closed at once")
         return None
@@ -106,34 +107,6 @@ class SshHost(ShellHost):
         assert self._process.stdin is not None
         self._process.stdin.write(raw)
         self._process.stdin.flush()
-
-    def _exchange(
-        self, request: bytes, word: str, timeout: float, limit: int
-    ) -> Fact[tuple[int, bytes, bytes]]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        self._write(request)
-        begin, end, done = (f"\n{tag} {word}".encode() for tag in ("BEGIN", "END", "DONE"))
-        said = bytearray()
-        number = self._process.stdout.fileno()
-        deadline = time.monotonic() + timeout
-        seen = 0
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while said.find(done, max(0, seen - len(done))) < 0:
-                seen = len(said)
-                left = deadline - time.monotonic()
-                if left <= 0 or len(said) > 2 * limit + (1 << 20):
-                    why = "no answer in time" if left <= 0 else "it says far too much"
-                    self._end()
-                    return Unknown(self.name, why, code="ETIMEDOUT" if left <= 0 else "EFBIG")
-                if not selector.select(left):
-                    continue
-                piece = os.read(number, 1 << 16)
-                if not piece:
-                    raise OSError("the connection closed")
-                said += piece
-        return _parse(bytes(said), begin, end, done, self.name)
 
     def _last_words(self) -> str:
         """What ssh itself had to say."""
@@ -158,27 +131,3 @@ class SshHost(ShellHost):
             except OSError:
                 pass
         self._process = None
-
-
-def _request(script: str, word: str) -> bytes:
-    """`script` with its stdout, status and stderr framed; the word is sent in two halves, so that
-    an echo of the request is not an answer; all in one line, so that an echo comes before it."""
-    halves = f"{word[:16]} {word[16:]}"
-    text = f"printf '\\nBEGIN %s%s\\n' {halves}; "
-    text += f"e=$( {{ {script}; }} 2>&1 1>&3 3>&- </dev/null ); s=$?; "
-    text += f'printf \'\\nEND %s%s %s\\n%s\\nDONE %s%s\\n\' {halves} "$s" "$e" {halves}\n'
-    return text.encode("utf-8", "surrogateescape")
-
-
-def _parse(
-    said: bytes, begin: bytes, end: bytes, done: bytes, source: str
-) -> Fact[tuple[int, bytes, bytes]]:
-    start, stop = said.find(begin), said.rfind(end)
-    if start < 0 or stop < start:
-        return Unknown(source, "its answer is not framed")
-    out = said[start + len(begin) + 1 : stop]
-    rest = said[stop + len(end) : said.rfind(done)]
-    head, _, err = rest.partition(b"\n")
-    if not head.strip().isdigit():
-        return Unknown(source, "its answer is not framed")
-    return Known((int(head), out, err), source)
