@@ -40,9 +40,8 @@ class Plan:
         if self.empty:
             return [*lines, "  nothing to do"]
         old, new = (_canonical(text).splitlines() for text in (self.before, self.after))
-        lines += [
-            f"  {line}" for line in difflib.unified_diff(old, new, "now", "then", lineterm="")
-        ]
+        change = difflib.unified_diff(old, new, "now", "then", lineterm="")
+        lines += [f"  {line}" for line in change]
         if self.running:
             lines.append("  it runs: the change counts at its next start")
         return lines
@@ -94,7 +93,7 @@ def apply(libvirt: Libvirt, planned: Plan, history: History) -> str:
 
 
 def plan_undo(libvirt: Libvirt, name: str, history: History) -> Plan:
-    """The plan that takes the last change of `name` back; refused where somebody else changed it."""
+    """The plan that takes our last change of `name` back; refused if somebody changed it since."""
     entry = history.last(name)
     now = libvirt.document(name).text if libvirt.has_domain(name) else ""
     if _canonical(now) != _canonical(entry["after"]):
