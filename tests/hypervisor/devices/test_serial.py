@@ -195,3 +195,46 @@ def test_a_guest_that_polls_for_input_makes_the_host_look_for_some(wire):
         polls += 1
         assert polls < 1000
     assert wire.get(DATA) == ord("l")
+
+
+def test_how_often_a_host_is_made_to_look_is_its_choice():
+    looks = []
+    uart = Serial(lambda level: None, lambda data: None, starved_polls=2)
+    uart.on_starved = lambda: looks.append(1)
+    for _ in range(6):
+        uart.read(LSR, 1)
+    assert len(looks) == 3
+
+
+MODES = {
+    "plain": [],
+    "FIFOs": [(FCR, 0xC7)],
+    "loopback": [(FCR, 0x07), (MCR, 0x13)],
+    "divisor latch": [(LCR, 0x83)],
+    "transmitter interrupts": [(IER, 0x02)],
+    "receiver interrupts": [(FCR, 0x47), (IER, 0x01)],
+}
+
+
+def everything(wire):
+    """All that a guest can still see, and what went out."""
+    wire.uart.flush()
+    seen = [wire.get(register) for register in (IIR, LSR, MSR, SCRATCH)]
+    return seen, [wire.get(DATA) for _ in range(40)], b"".join(wire.sent)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 14, 16, 17, 40])
+def test_a_burst_is_the_single_accesses_in_a_row(mode, count):
+    singles, burst = Wire(), Wire()
+    for wire in (singles, burst):
+        wire.uart.feed(bytes(range(1, 31)))
+        for register, value in MODES[mode]:
+            wire.put(register, value)
+    said = b"out\nput" * 3
+    for byte in said:
+        singles.put(DATA, byte)
+    burst.uart.write_all(said)
+    assert burst.uart.read_all(count) == bytes(singles.get(DATA) for _ in range(count))
+    assert burst.levels == singles.levels
+    assert everything(burst) == everything(singles)

@@ -23,6 +23,12 @@ class Output:
         if byte == NEWLINE or len(self._buffer) >= FLUSH_AT:
             self.flush()
 
+    def put_all(self, data: bytes) -> None:
+        """Take many bytes."""
+        self._buffer += data
+        if NEWLINE in data or len(self._buffer) >= FLUSH_AT:
+            self.flush()
+
     def flush(self) -> None:
         """Hand over what is buffered; nothing happens when nothing is."""
         if self._buffer:

@@ -146,6 +146,28 @@ class Serial:
         else:
             self._writers[offset](value)
 
+    def read_all(self, count: int) -> bytes:
+        """The receiver read `count` times in a row, as REP INSB does."""
+        if (self._lcr & DIVISOR_LATCH) or self._mcr & LOOPBACK:
+            return bytes(self.read(0, 1) for _ in range(count))
+        # The FIFO is filled up after each read, so that the two queues are one.
+        data = bytearray()
+        for queue in (self._fifo, self._waiting):
+            while queue and len(data) < count:
+                data.append(queue.popleft())
+        self._idle_polls = 0
+        self._receive()
+        return bytes(data.ljust(count, b"\0"))
+
+    def write_all(self, data: bytes) -> None:
+        """The transmitter written with each byte of `data` in a row, as REP OUTSB does."""
+        if (self._lcr & DIVISOR_LATCH) or self._mcr & LOOPBACK or self._ier & EMPTY_ENABLED:
+            for value in data:
+                self.write(0, 1, value)
+        else:
+            self._idle_polls = 0
+            self._output.put_all(data)
+
     # receiver
 
     def _receive(self) -> None:

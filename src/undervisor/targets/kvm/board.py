@@ -25,6 +25,8 @@ STARVED_WAIT: Final = 0.01
 HELD: Final = 0x4000
 """Bytes of output that are held back until the guest looks for input."""
 PAGE: Final = 0x1000
+_RING_MOST: Final = (PAGE - COALESCED_RING.size) // COALESCED_ENTRY.size
+_DATA_IN_ENTRY: Final = 16
 _FIRST: Final = struct.Struct("<I")
 
 
@@ -95,18 +97,24 @@ class Board:
             return
         page, start = self._ring
         first, last = COALESCED_RING.unpack_from(page, start)
-        most = (PAGE - COALESCED_RING.size) // COALESCED_ENTRY.size
-        while first != last:
-            at = start + COALESCED_RING.size + first * COALESCED_ENTRY.size
-            port, size, _, data = COALESCED_ENTRY.unpack_from(page, at)
-            self._ports.write(port, size, int.from_bytes(data[:size], "little"))
-            first = (first + 1) % most
-            _FIRST.pack_into(page, start, first)  # the other half is the kernel's
-            _, last = COALESCED_RING.unpack_from(page, start)
+        if first == last:
+            return
+        entries = start + COALESCED_RING.size
+        parts = [(first, last)] if first < last else [(first, _RING_MOST), (0, last)]
+        said = bytearray()
+        for begin, end in parts:
+            # Each entry is one byte for the one port that is gathered.
+            data = entries + begin * COALESCED_ENTRY.size + _DATA_IN_ENTRY
+            said += page[data : entries + end * COALESCED_ENTRY.size : COALESCED_ENTRY.size]
+        self.serial.write_all(bytes(said))
+        _FIRST.pack_into(page, start, last)  # the other half is the kernel's
 
     def io(self, vcpu: Vcpu) -> None:
         """IN, OUT and their string forms."""
         out, size, port, count, at = EXIT_IO.unpack_from(vcpu.page, EXIT_AT)
+        if port == SERIAL and size == 1 and not out:
+            vcpu.page[at : at + count] = self.serial.read_all(count)
+            return
         for place in range(at, at + size * count, size):
             if out:
                 value = int.from_bytes(vcpu.page[place : place + size], "little")

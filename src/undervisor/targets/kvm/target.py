@@ -21,6 +21,8 @@ from undervisor.targets.kvm.device import Facts, Kernel, facts
 
 HOST: Final = "host"
 """The only CPU model: what KVM can give."""
+SEND_TIME: Final = 30.0
+"""Seconds in which the other end must take what is sent."""
 _READ: Final = 1 << 16
 _SOURCE: Final = str(Path(__file__).parents[3])
 AGENT: Final = (
@@ -37,9 +39,10 @@ class SocketStream:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        connection.settimeout(SEND_TIME)
 
     def send(self, data: bytes) -> None:
-        """All of `data`."""
+        """All of `data`; TimeoutError where the other end takes none of it."""
         self._connection.sendall(data)
 
     def receive(self, timeout: float) -> bytes:
