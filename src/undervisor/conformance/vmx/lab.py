@@ -10,7 +10,7 @@ the handler of each vector is a VMCALL.  Each run begins with the same fields, `
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from undervisor.arch.bits import Register
 from undervisor.arch.vmx.capabilities import EptVpidCapability, VmxMsr
@@ -32,8 +32,8 @@ from undervisor.guest.probe.answers import Answer, L2Run, VmxResult
 from undervisor.guest.probe.client import Batch, Probe
 from undervisor.guest.probe.vmx_setup import VmxFacts, l2_fields, vmx_on
 
-Changes = Mapping[int, int]
-"""VMCS fields and their values."""
+Changes = dict[Any, int]
+"""VMCS fields, as such or by their encodings, and their values."""
 
 CONTROLS: Final[dict[type[Register], F]] = {
     PinBasedControls: F.PIN_BASED_CONTROLS,
