@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from undervisor.errors import BadInput
-from undervisor.guest.disk import disk_image
 from undervisor.guest.image import Protocol
+from undervisor.guest.rom import boot_rom
 from undervisor.targets import Abilities, End, How, Job
 from undervisor.targets.emulator import EmulatorRunning, Remains
 from undervisor.targets.measured import features
@@ -23,6 +23,12 @@ PATIENCE: Final = 3.0
 TCG_MODELS: Final = {"amd": "max,+svm"}
 KVM_MODELS: Final = {"amd": "host", "intel": "host"}
 """Our names of processors; any other is QEMU's own, with its overrides."""
+ACCELERATORS: Final = {
+    # One thread: processors that wait for each other in loops take turns, instead of keeping the
+    # host's cores from the one that works.
+    "tcg": "tcg,thread=single",
+    "kvm": "kvm",
+}
 SOFTWARE_KVM: Final = Path("/sys/module/kvm_pvm")
 _OPTIONS: Final = [
     *("-machine", "pc", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S"),
@@ -42,8 +48,7 @@ class QemuTarget:
         """BadInput where the program, the model or nesting under KVM is not there."""
         self.cpu, self.accel = cpu, accel
         self.name = f"qemu ({cpu})" if accel == "tcg" else f"qemu, {accel} ({cpu})"
-        models = _accelerator(accel)(cpu)
-        self._model = models.get(cpu, cpu)
+        self._model = _models(accel, cpu).get(cpu, cpu)
         self._binary = find(binary, PACKAGE)
 
     @cached_property
@@ -53,14 +58,14 @@ class QemuTarget:
         return Abilities(found & {"vmx", "svm"}, MOST_CPUS, found, patience=PATIENCE)
 
     def start(self, job: Job) -> EmulatorRunning:
-        """Start an image, by `-kernel` if QEMU takes it and else from a disk."""
+        """Start an image, by `-kernel` if QEMU takes it and else from a ROM of ours."""
         if not 1 <= job.cpus <= MOST_CPUS:
             raise BadInput(f"{job.cpus} processors", hint=f"QEMU gets 1 to {MOST_CPUS} here")
-        boot, files = _from_disk(job) if _needs_disk(job) else _by_kernel(job)
+        boot, files = _from_rom(job) if _needs_rom(job) else _by_kernel(job)
         line, their_line = socket.socketpair()
         monitor, their_monitor = socket.socketpair()
         with their_line, their_monitor:
-            command = [self._binary, "-accel", self.accel, "-cpu", self._model]
+            command = [self._binary, "-accel", ACCELERATORS[self.accel], "-cpu", self._model]
             command += ["-smp", str(job.cpus), "-m", f"{job.memory >> 10}k", *_OPTIONS]
             command += ["-chardev", f"socket,id=line,fd={their_line.fileno()}"]
             command += ["-serial", "chardev:line"]
@@ -88,7 +93,7 @@ def _tcg(cpu: str) -> dict[str, str]:
     return TCG_MODELS
 
 
-def _kvm(cpu: str) -> dict[str, str]:
+def _kvm() -> dict[str, str]:
     from undervisor.targets.kvm.device import Kernel, facts
 
     if SOFTWARE_KVM.exists():
@@ -105,14 +110,11 @@ def _kvm(cpu: str) -> dict[str, str]:
     return KVM_MODELS
 
 
-_ACCELERATORS: Final = {"tcg": _tcg, "kvm": _kvm}
-
-
-def _accelerator(name: str) -> Callable[[str], dict[str, str]]:
-    """What checks that an accelerator has what a CPU model needs, and knows our names of them."""
-    if name not in _ACCELERATORS:
-        raise BadInput(f"QEMU's accelerator {name!r}", hint=f"one of {', '.join(_ACCELERATORS)}")
-    return _ACCELERATORS[name]
+def _models(accel: str, cpu: str) -> dict[str, str]:
+    """Our names of CPU models; BadInput where the accelerator has not what `cpu` needs."""
+    if accel not in ACCELERATORS:
+        raise BadInput(f"QEMU's accelerator {accel!r}", hint=f"one of {', '.join(ACCELERATORS)}")
+    return _tcg(cpu) if accel == "tcg" else _kvm()
 
 
 # -- the image -----------------------------------------------------------------------------------
@@ -121,15 +123,20 @@ Boot = tuple[list[str], dict[str, bytes]]
 """QEMU's options and the files that they name."""
 
 
-def _needs_disk(job: Job) -> bool:
+def _needs_rom(job: Job) -> bool:
     """Flat binaries, and what QEMU's loader of Multiboot refuses."""
     image = job.image
     is_elf64 = image.file.startswith(_ELF64)
     return not image.file or (image.protocol is Protocol.MULTIBOOT and is_elf64)
 
 
-def _from_disk(job: Job) -> Boot:
-    return ["-drive", "file=disk,format=raw,if=ide"], {"disk": disk_image(job.place())}
+def _from_rom(job: Job) -> Boot:
+    placement = job.place()
+    options, files = ["-bios", "rom"], {"rom": boot_rom(placement)}
+    for number, (gpa, data) in enumerate(placement.pieces):
+        options += ["-device", f"loader,file=ram{number},addr={gpa:#x},force-raw=on"]
+        files[f"ram{number}"] = data
+    return options, files
 
 
 def _by_kernel(job: Job) -> Boot:
