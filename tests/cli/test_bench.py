@@ -76,14 +76,24 @@ def test_a_ratio_is_the_median_of_its_turns_and_decides(ours, good):
 
 
 def test_every_check_is_counted():
-    full, incremental = measure.checks(0.02)
-    assert 0 < full < incremental
+    rates = measure.checks(0.02)
+    assert 0 < rates.full < rates.plain
+    assert rates.full < rates.incremental
+
+
+def test_the_full_check_is_a_ratio_to_a_plain_pass_over_its_fields(monkeypatch):
+    monkeypatch.setattr(measure, "checks", lambda s: measure.CheckRates(4_000.0, 1e6, 60_000.0))
+    full, ratio, incremental = bench._checks(TINY)
+    assert (full.good, incremental.good) == (False, True)
+    assert ratio.value == 15.0
 
 
 def test_each_step_gives_rows_with_their_limits():
     rows = [*bench._round_trips(TINY), *bench._work(TINY, "compute"), *bench._checks(TINY)]
     wanted = [row for row in rows if row.limit and "QEMU" not in row.name]
-    assert [row.limit for row in wanted] == ["at most 12", "at least 0.9", "at least 0.9"]
+    assert [row.limit for row in wanted] == [
+        "at most 12", "at least 0.9", "at least 0.9", "at least 5,000", "at least 50,000",
+    ]  # fmt: skip
     assert all(row.good is not None for row in wanted)
 
 

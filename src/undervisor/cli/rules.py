@@ -20,10 +20,29 @@ def rules(
         typer.Argument(help="Part of an id, a pattern with *, a field's name, or a word."),
     ] = "",
     count: Annotated[bool, typer.Option("--count", help="Only how many there are.")] = False,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", help="Break them on this target: builtin, bochs, qemu; repeatable."),
+    ] = None,
+    cpu: Annotated[
+        list[str] | None,
+        typer.Option("--cpu", help="A CPU model of the target; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the rules of VM entry and VMRUN: id, words, section, what happens, what to change."""
+    """List the rules of VM entry and VMRUN: id, words, section, what happens, what to change.
+
+    With --on, each is broken in a running guest hypervisor, and what the target does is held
+    against the rule. Exit code 0: every target agrees. 1: one differs.
+    """
     found = [rule for rule in ALL_RULES.values() if matches(rule, pattern)]
+    if on or cpu:
+        if not found:
+            raise BadInput(f"no rule matches {pattern!r}", hint="`undervisor rules` lists all")
+        from undervisor.cli.rules_on import compare
+
+        ids = [rule.id for rule in found]
+        raise typer.Exit(compare(ids, on or ["builtin"], cpu or [], as_json=as_json))
     if count:
         numbers = {vendor: sum(r.id.startswith(vendor) for r in found) for vendor in ("vmx", "svm")}
         if as_json:

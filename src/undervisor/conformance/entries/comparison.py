@@ -96,6 +96,8 @@ def column(
         target = catalogue.named(name, cpu)
         vendor = _vendor(target)
         left = [rule for rule in RULES[vendor] if rule in asked and _open(cells.get(rule))]
+        if not left:
+            continue
         with Session(target, vendor) as session:
             for row in session.run(left):
                 cells.setdefault(row.rule, Cell.of(cpu, row))
