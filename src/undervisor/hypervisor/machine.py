@@ -28,6 +28,9 @@ from undervisor.hypervisor.nested import GuestExit
 from undervisor.hypervisor.nested.vendors import nested_for
 from undervisor.hypervisor.nested_paging import NestedTables, identity
 from undervisor.hypervisor.platform import Features, Platform
+from undervisor.hypervisor.quirks import apply as apply_quirks
+from undervisor.hypervisor.quirks import changed_model
+from undervisor.hypervisor.quirks import named as quirks_named
 from undervisor.hypervisor.trace import NO_TRACE, Tracer
 from undervisor.hypervisor.vcpu import Activity, Vcpu
 from undervisor.hypervisor.verdict import (
@@ -89,8 +92,8 @@ class Machine:
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise ValueError(f"{cpus} processors: 1 to {MAX_CPUS} are possible")
-        self.model = model
-        self.quirks = frozenset(quirks)
+        self.quirks = quirks_named(quirks)
+        self.model = model = changed_model(model, self.quirks)
         self.tracer = tracer
         self.memory = Memory(memory_size)
         self.processor = Processor(self.memory, intel=model.vendor is Vendor.INTEL)
@@ -138,6 +141,7 @@ class Machine:
             vcpu.l1_handlers = {**EXITS, **vcpu.nested.l1_exits}
             vcpu.l2_handlers = {**EXITS, **vcpu.nested.l2_exits}
         self.current = self.vcpus[0]
+        apply_quirks(self, self.quirks)
 
     def _prepare(self, vmcb: SiliconVmcb) -> None:
         """The controls of L1's VMCB."""
