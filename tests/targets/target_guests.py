@@ -114,3 +114,11 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def becomes(claim, timeout=20):
+    """Whether `claim()` becomes true; what is killed takes a moment to be gone."""
+    deadline = time.monotonic() + timeout
+    while not claim() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return claim()

@@ -55,6 +55,7 @@ class Program:
         """`command` runs in the folder; it keeps the numbers of the sockets in `hand_over`."""
         self.folder = Path(tempfile.mkdtemp(prefix="undervisor-"))
         self._group: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             for name, data in files.items():
                 (self.folder / name).write_bytes(data)
@@ -75,37 +76,37 @@ class Program:
                 process_group=self._group.pid,
                 env=os.environ | {"LC_ALL": "C"},
             )
-            self.ended = os.pidfd_open(self._process.pid)
+            self.pid = self._process.pid
+            self.ended = os.pidfd_open(self.pid)
         except BaseException:
             self._tidy()
             raise
 
+    pid: int
+    """The program's process."""
     ended: int
     """A file descriptor that is readable when the program has ended."""
 
     @property
-    def pid(self) -> int:
-        """The program's process."""
-        return self._process.pid
-
-    @property
     def output(self) -> IO[bytes]:
         """What it prints."""
+        assert self._process is not None
         assert self._process.stdout is not None
         return self._process.stdout
 
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
+        assert self._process is not None
         return self._process.poll()
 
     def kill(self) -> None:
         """End the program; what it printed can still be read."""
+        assert self._process is not None
         self._process.kill()
 
     def close(self) -> None:
         """End everything and remove the folder."""
         self._tidy()
-        self._process.wait()
         self.output.close()
         os.close(self.ended)
 
@@ -113,6 +114,8 @@ class Program:
         if self._group is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._group.pid, signal.SIGKILL)
+            if self._process is not None:
+                self._process.wait()
             self._group.wait()
             assert self._group.stdin is not None
             self._group.stdin.close()
