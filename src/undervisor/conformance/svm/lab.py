@@ -19,6 +19,7 @@ from undervisor.arch.x86.segments import Segment
 from undervisor.conformance.lab import Lab
 from undervisor.conformance.places import CS64, DS, TR
 from undervisor.conformance.svm.run import BRIEF, READ, Ranges, Run
+from undervisor.guest.probe.answers import Answer, L2Run, VmxOutcome, VmxResult
 from undervisor.guest.probe.client import Batch, Probe
 from undervisor.guest.probe.l1 import CODE_SEGMENT, DATA_SEGMENT, L1State
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
@@ -176,8 +177,22 @@ class SvmLab(Lab):
         """Add to `batch`: VMRUN, and the reading of what the exit wrote."""
         where = vmcb or self.places.control
         answer = batch.svm_run(where, registers)
-        parts = tuple(batch.read(where + offset, size) for offset, size in ranges)
+        parts = self._reading(batch, where, ranges)
         return Run(answer, parts, self.vector_of, ranges)
+
+    def plan_reading(self, batch: Batch, vmcb: int = 0) -> Run:
+        """Add to `batch`: only the reading of the VMCB, behind code that has run L2 itself.
+
+        The general registers of such a run are not known.
+        """
+        parts = self._reading(batch, vmcb or self.places.control, READ)
+        nothing: Answer[L2Run] = Answer("L2 run")
+        nothing.set(L2Run(VmxResult(VmxOutcome.SUCCEED), {}))
+        return Run(nothing, parts, self.vector_of)
+
+    @staticmethod
+    def _reading(batch: Batch, where: int, ranges: Ranges) -> tuple[Answer[bytes], ...]:
+        return tuple(batch.read(where + offset, size) for offset, size in ranges)
 
     def plan_launch(self, batch: Batch, area: bytes, vmcb: int = 0) -> None:
         """Add to `batch`: the whole VMCB, written where it is not the lab's own known one."""
