@@ -43,6 +43,12 @@ ROWS: Final[dict[str, Row]] = {
         "BochsTarget",
         ("intel", "amd"),
     ),
+    "kvm": Row(
+        "KVM on this machine, with our own small VMM",
+        "undervisor.targets.kvm.target",
+        "KvmTarget",
+        ("host",),
+    ),
 }
 
 

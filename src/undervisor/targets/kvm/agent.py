@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from typing import Final
 
 from undervisor.errors import BadInput
@@ -26,6 +27,8 @@ from undervisor.targets.kvm.device import Calls, Kernel, facts
 from undervisor.targets.kvm.session import serve
 from undervisor.targets.kvm.words import VERSION, Word, answer, end_words, refusal, say
 
+GRACE: Final = 2.0
+"""Seconds in which a machine that is stopped must say its last words."""
 _READ: Final = 1 << 16
 _HELD: Final = 1 << 20
 """Bytes for the caller that are kept before the machine has to wait."""
@@ -68,6 +71,7 @@ class Agent:
         self._caller, self._calls = caller, calls
         self._job = 0
         self._child: tuple[int, socket.socket, Peer] | None = None
+        self._deadline: float | None = None
 
     def run(self) -> None:
         """Until the caller is gone."""
@@ -76,13 +80,17 @@ class Agent:
         self._end_child()
 
     def _step(self) -> bool:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._end_child()
+            self._tell(Word.ENDED, end_words(End(How.STOPPED, "killed: it did not stop by itself")))
         child = self._child[2] if self._child else None
         reading = [self._caller.reading]
         writing = [self._caller.writing] if self._caller.pending else []
         if child:
             reading += [child.reading] if len(self._caller.pending) < _HELD else []
             writing += [child.writing] if child.pending else []
-        readable, writable, _ = select.select(reading, writing, [])
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        readable, writable, _ = select.select(reading, writing, [], left)
         for peer in (self._caller, child):
             if peer and peer.writing in writable:
                 peer.flush()
@@ -107,10 +115,8 @@ class Agent:
             self._hand_down(frame)
         elif frame.sequence == self._job and self._child:
             if frame.kind == Word.STOP:
-                self._end_child()
-                self._tell(Word.ENDED, end_words(End(How.STOPPED, "stopped by the caller")))
-            else:
-                self._hand_down(frame)
+                self._deadline = time.monotonic() + GRACE
+            self._hand_down(frame)
 
     def _facts(self) -> bytes:
         try:
@@ -153,7 +159,7 @@ class Agent:
         if self._child is None:
             return 0
         pid, line, _ = self._child
-        self._child = None
+        self._child = self._deadline = None
         line.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

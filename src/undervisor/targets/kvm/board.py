@@ -63,11 +63,6 @@ class Board:
             self.serial.feed(data)
             self._came.notify_all()
 
-    def wake(self) -> None:
-        """End every rest."""
-        with self.lock:
-            self._came.notify_all()
-
     def tend(self) -> None:
         """Hand over the output of a guest that does not ask for anything, or has ended."""
         with self.lock:

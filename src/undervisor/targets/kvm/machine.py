@@ -59,15 +59,6 @@ class Machine:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Let every processor come back, and wait for it."""
-        self.finish(End(How.STOPPED, "stopped by the caller"))
-        for vcpu in self.vm.vcpus:
-            vcpu.kick()
-        self.board.wake()
-        for thread in self._threads:
-            thread.join(ANSWER_TIME)
-
     def finish(self, end: End) -> None:
         """The run has ended; the first word about that counts."""
         with self.board.lock:

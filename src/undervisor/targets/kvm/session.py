@@ -59,6 +59,7 @@ class Session:
             Word.RUN: self._run,
             Word.DATA: self._feed,
             Word.ASK: self._ask,
+            Word.STOP: self._stop,
         }
 
     def live(self) -> None:
@@ -119,6 +120,13 @@ class Session:
     def _feed(self, frame: Frame) -> None:
         if self._machine:
             self._machine.board.feed(frame.payload)
+
+    def _stop(self, frame: Frame) -> None:
+        end = End(How.STOPPED, "stopped by the caller")
+        if self._machine:
+            self._machine.finish(end)
+        else:
+            self._say(Word.ENDED, end_words(end))
 
     def _ask(self, frame: Frame) -> None:
         try:
