@@ -25,6 +25,7 @@ from undervisor.guest.image import Image, Module
 from undervisor.hypervisor import models
 from undervisor.hypervisor.control import Decision, L2Exception, OnException, WatchedMachine
 from undervisor.hypervisor.inspect import NotThere, World
+from undervisor.hypervisor.machine import MAX_CPUS
 from undervisor.hypervisor.recorder import Recorder
 from undervisor.hypervisor.trace import Transition
 from undervisor.hypervisor.verdict import Ending, Outcome
@@ -78,6 +79,8 @@ class Vm(Expectations):
 
         BadInput where the image, the model or the size cannot be used.
         """
+        if not 1 <= cpus <= MAX_CPUS:
+            raise BadInput(f"{cpus} processors", hint=f"1 to {MAX_CPUS} are possible")
         data, name = _content(image)
         job = Job(_parse(data, name, raw), cpus, memory, append, tuple(modules))
         self.serial = bytearray()
@@ -154,6 +157,8 @@ class Vm(Expectations):
         if transition.level == 2 and transition.to == 1:
             self._keep(transition.vcpu)
         self._remember(transition, failed_entry(self.machine.vcpus[transition.vcpu], transition))
+        if self._text is not None:
+            self.machine.platform.flush()  # a prompt ends without a newline
         if self._predicate is not None and self._predicate(transition):
             self._stop(Event(What.TRANSITION, transition=transition))
 

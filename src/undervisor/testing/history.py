@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from undervisor.hypervisor.trace import Transition
-from undervisor.testing.entries import FailedEntry
+
+if TYPE_CHECKING:
+    from undervisor.testing.entries import FailedEntry
 
 KEPT: Final = 20_000
 """Transitions that a machine keeps."""
