@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from undervisor.errors import BadInput
+from undervisor.hypervisor.quirks import mutants
 from undervisor.hypervisor.quirks.processors import QUIRKS as PROCESSORS
 from undervisor.hypervisor.quirks.quirk import Quirk
 from undervisor.hypervisor.quirks.svm import QUIRKS as SVM
@@ -27,6 +28,9 @@ def named(names: Iterable[str]) -> list[Quirk]:
     """The quirks with these names; BadInput for a name that is none."""
     found = []
     for name in names:
+        if name.startswith(mutants.PREFIX):
+            found.append(mutants.mutant(name))
+            continue
         if name not in CATALOGUE:
             raise BadInput(
                 f"there is no quirk {name!r}", hint="`undervisor quirks` lists all of them"
