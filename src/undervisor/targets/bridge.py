@@ -11,6 +11,7 @@ in a Linux L1 whose KVM is to be tested, or on another machine.  One machine run
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -39,6 +40,8 @@ OPEN_TIME: Final = 30.0
 """Seconds in which the agent must say what its KVM can do; it may be starting itself."""
 ANSWER_TIME: Final = 30.0
 STOP_TIME: Final = 10.0
+LOOK_TIME: Final = 0.5
+"""Seconds of one wait; what another thread has seen meanwhile is looked at after it."""
 
 
 class Stream(Protocol):
@@ -57,21 +60,30 @@ class Link:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = Decoder()
+        self._sending, self._taking = threading.Lock(), threading.Lock()
 
     def send(self, data: bytes) -> None:
         """Whole frames; EOFError where the agent is gone."""
         try:
-            self._stream.send(data)
+            with self._sending:
+                self._stream.send(data)
         except OSError as error:
             raise EOFError(str(error)) from None
 
     def take(self, timeout: float) -> list[Frame]:
-        """The frames that are complete after at most one wait; EOFError as above."""
+        """The frames that are complete after one short wait; EOFError as above.
+
+        None of them while another thread looks: who stops a machine need not be who talks to it.
+        """
+        wait = max(0.0, min(timeout, LOOK_TIME))
+        if not self._taking.acquire(timeout=wait):
+            return []
         try:
-            data = self._stream.receive(max(0.0, timeout))
+            return self._decoder.feed(self._stream.receive(wait))
         except OSError as error:
             raise EOFError(str(error)) from None
-        return self._decoder.feed(data)
+        finally:
+            self._taking.release()
 
     def open(self) -> Facts:
         """What the KVM there can do; BadInput where there is none, or no agent of ours."""
@@ -230,26 +242,39 @@ def begin(link: Link, number: int, job: Job, interrupt_every: float = 0.0) -> Br
     return BridgeRunning(link, number)
 
 
-def abilities(facts: Facts) -> Abilities:
+def abilities(facts: Facts, at_once: int, patience: float = 1.0) -> Abilities:
     """What a target on such a KVM can do."""
     names = {
         feature.name
         for leaf, subleaf, _, *answer in facts.leaves
         for feature in features_in(leaf, subleaf, answer)
     }
-    return Abilities(frozenset(facts.vendors), facts.most_cpus, frozenset(names))
+    return Abilities(
+        frozenset(facts.vendors),
+        facts.most_cpus,
+        frozenset(names),
+        at_once=at_once,
+        patience=patience,
+    )
 
 
 class BridgeTarget:
     """The KVM behind a stream.
 
     `interrupt_every`: seconds after which each processor is interrupted from outside, again and
-    again; 0: never.
+    again; 0: never.  `patience`: how much slower it is than a machine of its own.
     """
 
-    def __init__(self, stream: Stream, name: str = "bridge", interrupt_every: float = 0.0) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        name: str = "bridge",
+        interrupt_every: float = 0.0,
+        patience: float = 1.0,
+    ) -> None:
         self.name = name
         self.interrupt_every = interrupt_every
+        self.patience = patience
         self._link = Link(stream)
         self._number = 0
         self._facts: Facts | None = None
@@ -265,7 +290,7 @@ class BridgeTarget:
     @property
     def abilities(self) -> Abilities:
         """What it can do."""
-        return abilities(self.facts)
+        return abilities(self.facts, 1, self.patience)
 
     def start(self, job: Job) -> BridgeRunning:
         """Start an image there; the machine before it is ended where it still runs."""

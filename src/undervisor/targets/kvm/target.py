@@ -109,7 +109,7 @@ class KvmTarget:
     @property
     def abilities(self) -> Abilities:
         """What it can do."""
-        return abilities(self.facts)
+        return abilities(self.facts, os.cpu_count() or 1)
 
     def start(self, job: Job) -> KvmRunning:
         """Start an image; BadInput where it does not fit or there is no KVM."""
