@@ -29,6 +29,9 @@ VERBS: dict[str, str] = {
     "state": "state",
     "exits": "exits",
     "report": "report",
+    "lab": "lab",
+    "guest": "guest",
+    "network": "network",
 }
 
 

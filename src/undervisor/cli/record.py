@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from undervisor.cli.check import GuestOption, HostOption, ShellOption, SshConfigOption, machine
+from undervisor.domains.cpu_features import known_to_libvirt
+from undervisor.domains.host_topology import topology
 from undervisor.host.access.recorder import RecordingHost
 from undervisor.host.checks.engine import examine
 from undervisor.host.facts.machine import gather
@@ -32,6 +34,8 @@ def record(
         facts = gather(recorder)
         vmx_msrs(recorder, facts)
         collect(recorder, facts)
+        topology(recorder)  # what tuning a guest looks at
+        known_to_libvirt(recorder)
         if live:
             recorder.kvm()
         examination = examine(facts, with_security=True)

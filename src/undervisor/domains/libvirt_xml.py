@@ -54,9 +54,10 @@ class DomainXml:
         x.ensure(root, "memory").set("unit", "KiB")
         system = x.make(x.ensure(root, "os"), "type")
         system.text = "hvm"
-        features = x.ensure(root, "features")
-        for tag in ("acpi", "apic"):
-            x.make(features, tag)
+        if guest.architecture == "x86_64":
+            features = x.ensure(root, "features")
+            for tag in ("acpi", "apic"):
+                x.make(features, tag)
         x.ensure(root, "devices")
         x.put(root, "vcpu", str(guest.vcpus))
         return cls(root).with_guest(guest)

@@ -59,7 +59,13 @@ def devices(guest: Guest) -> Devices:
         argv += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
         notes.append(f"the guest's agent answers at {path} in the folder of the start")
     argv += _balloon(guest)
+    if guest.architecture == "s390x":  # which has channels, not PCI, for virtio
+        argv = [word.replace("-pci", "-ccw", 1) if _is_virtio(word) else word for word in argv]
     return Devices(tuple(argv), tuple(notes))
+
+
+def _is_virtio(word: str) -> bool:
+    return word.startswith("virtio-") and word.split(",")[0].endswith("-pci")
 
 
 def _disk(number: int, disk: Disk, notes: list[str]) -> Iterator[str]:

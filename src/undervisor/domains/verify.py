@@ -94,7 +94,7 @@ def _flags(machine: Machine) -> Answer:
             "the definition does not give it: undervisor guest diff NAME")  # fmt: skip
 
 
-def _kvm_below(machine: Machine) -> Answer:
+def _below_here(machine: Machine) -> Answer:
     answer = below(machine)
     verdicts = {Below.KVM: Verdict.GOOD, Below.UNKNOWN: Verdict.UNKNOWN}
     return verdicts.get(answer.below, Verdict.NOTE), str(answer), ""
@@ -106,7 +106,12 @@ def _module(machine: Machine) -> Answer:
         return Verdict.GOOD, f"{kvm.expected} is {kvm.presence.value}", ""
     if kvm.presence is Presence.UNKNOWN:
         return Verdict.UNKNOWN, f"{kvm.expected}: {kvm.presence.value}", ""
-    return Verdict.BAD, f"{kvm.expected}: {kvm.presence.value}", f"sudo modprobe {kvm.expected}"
+    if kvm.others:
+        return Verdict.NOTE, f"not {kvm.expected}, but {', '.join(kvm.others)}", ""
+    evidence = f"{kvm.expected} is {kvm.presence.value}"
+    if kvm.presence is Presence.AVAILABLE:
+        return Verdict.BAD, evidence, f"sudo modprobe {kvm.expected}"
+    return Verdict.BAD, evidence, "install a kernel with KVM in the guest"
 
 
 def _nested(machine: Machine) -> Answer:
@@ -133,7 +138,7 @@ def _device(machine: Machine) -> Answer:
 
 
 STEPS: tuple[tuple[str, str, Callable[[Machine], Answer]], ...] = (
-    ("below", "this guest runs on KVM", _kvm_below),
+    ("below", "this guest runs on KVM", _below_here),
     ("flags", "the processor shows the extension", _flags),
     ("module", "KVM's module is loaded", _module),
     ("nested-parameter", "KVM's parameter nested is on", _nested),

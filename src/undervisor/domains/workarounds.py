@@ -58,8 +58,8 @@ WORKAROUNDS = {
         ),
         Workaround(
             "xsave", "the guest has no XSAVE at all, hence no AVX",
-            "The same, for L1 hypervisors that handle no extended state. It costs AVX and all that "
-            "needs it; try xsaves first.",
+            "As with xsaves, for L1 hypervisors that handle no extended state at all. It costs AVX "
+            "and all that needs it; try xsaves first.",
             "", _without("xsave"),
         ),
         Workaround(
@@ -71,9 +71,8 @@ WORKAROUNDS = {
         ),
         Workaround(
             "host-phys-bits", "the guest sees the host's physical-address width, at most BITS",
-            "The same, where all hosts that the guest may run on have that width; host-passthrough "
-            "has it by itself. With migration between hosts of different widths set BITS to the "
-            "smallest.",
+            "QEMU's named models say 40 bits; host-passthrough has the host's width by itself. "
+            "Where the guest moves between hosts of different widths set BITS to the smallest.",
             "[BITS]", _host_phys_bits,
         ),
     )
