@@ -63,7 +63,7 @@ def enter(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdic
     svm.vmcb12 = vmcb12
     _load_controls(vcpu, svm, vmcb12)
     _load_guest(vcpu, vmcb12)
-    svm.reason = "VMRUN"
+    svm.reason, svm.software_rip = "VMRUN", None
     action = _inject(vcpu, svm, vmcb12)
     vcpu.attention = _something_waits(vcpu, svm)
     return SWITCHED if action == RESUME else Switched(action)
