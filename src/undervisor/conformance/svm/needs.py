@@ -18,3 +18,8 @@ def feature(name: str) -> Need:
 
 
 NPT = feature("np")
+
+
+def page1gb() -> Need:
+    """1-GiB pages, CPUID Fn8000_0001_EDX[26]."""
+    return Need("1-GiB pages", lambda lab: lab.l1.cpuid(0x80000001).value["rdx"] >> 26 & 1)
