@@ -16,6 +16,21 @@ from undervisor.targets import End, How
 from undervisor.targets.builtin import BuiltinTarget
 
 LIMIT = 1.0
+ASPECTS = (
+    "instructions",
+    "controls",
+    "entry",
+    "control_registers",
+    "exits",
+    "events",
+    "paging",
+    "tlb",
+    "timers",
+    "apic",
+    "msr",
+    "processors",
+    "state",
+)
 
 
 def made(function, **more):
@@ -177,6 +192,16 @@ def test_an_interrupt_leaves_no_machine_running():
     assert threading.active_count() < 20
 
 
+def test_a_run_to_the_first_failure_ends_there(builtin):
+    def fails(lab):
+        raise Broken("wrong")
+
+    tests = [made(nothing), made(fails), *[made(nothing)] * 50]
+    results = run_all(tests, builtin, jobs=1, to_the_first=True)
+    assert 2 <= len(results) < 10
+    assert results[1].verdict is Verdict.FAILED
+
+
 class TestSelection:
     def test_part_of_a_name(self):
         chosen = suite.select(["vmx.exits.cpuid"])
@@ -205,11 +230,11 @@ class TestDeclarations:
         assert len(names) == len(set(names))
 
     def test_the_vendors_have_the_same_aspects(self):
-        aspects = {
-            vendor: {test.aspect for test in suite.all_tests() if test.vendor == vendor}
-            for vendor in suite.VENDORS
-        }
-        assert aspects["vmx"] == aspects["svm"]
+        for test in suite.all_tests():
+            assert test.aspect.startswith(ASPECTS), test.id
+        for aspect in ASPECTS:
+            mine = [t for t in suite.all_tests() if t.aspect.startswith(aspect)]
+            assert {t.vendor for t in mine} == {"vmx", "svm"}, aspect
 
     def test_there_are_enough_of_both(self):
         tests = suite.all_tests()

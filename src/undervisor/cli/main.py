@@ -11,10 +11,13 @@ import typer
 
 from undervisor import __version__
 from undervisor.errors import ExitCode, UndervisorError
+from undervisor.host.access import schemes
+from undervisor.host.access.protocol import Host
 
 VERBS: dict[str, str] = {
     # verb: its module under `undervisor.cli`, which holds a function of the verb's own name
     "test": "test",
+    "quirks": "quirks",
     "run": "run",
     "demo": "demo",
     "bench": "bench",
@@ -75,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"undervisor {__version__}")
         sys.exit(ExitCode.OK)
     debug = "--debug" in words
+    schemes.OPENERS["lab"] = _open_level
     try:
         words = [word for word in words if word != "--debug"]
         _app(words)(args=words, prog_name="undervisor")
@@ -88,6 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
             debug,
         )
         sys.exit(ExitCode.INTERNAL_ERROR)
+
+
+def _open_level(name: str) -> Host:
+    """`lab:l1`: a level of a running lab."""
+    from undervisor.lab.host import open_level  # only where one is asked for
+
+    return open_level(name)
 
 
 def _explain(message: str, hint: str, debug: bool) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -51,10 +51,22 @@ def test(
     jobs: Annotated[
         int, typer.Option("--jobs", help="Machines at a time; 0: one for each processor.")
     ] = 0,
+    quirks: Annotated[
+        bool,
+        typer.Option("--quirks", help="Test the suite: each quirk's own tests must fail under it."),
+    ] = False,
+    mutants: Annotated[
+        int, typer.Option("--mutants", help="Test the suite: how many random mutants does it kill?")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Which random mutants.")] = 0,
     show: Annotated[bool, typer.Option("--list", help="Only list the tests.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     junit: Annotated[
         Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")
+    ] = None,
+    pages: Annotated[
+        Path | None,
+        typer.Option("--pages", help="Write the comparison of the targets into this folder."),
     ] = None,
     tap: Annotated[
         bool, typer.Option("--tap", help="Print the Test Anything Protocol, version 14.")
@@ -71,6 +83,8 @@ def test(
         raise BadInput(f"--repeat {repeat}: 1 to {MOST_REPEATS} times")
     if as_json and tap:
         raise BadInput("--json and --tap both want standard output", hint="give one of them")
+    if quirks or mutants:
+        _prove(quirk or [], quirks, mutants, seed, jobs, as_json=as_json)
     tests = suite.select(patterns or ())
     if show:
         _list(tests, as_json=as_json)
@@ -81,13 +95,31 @@ def test(
         found += _run(campaign, repeat, jobs)
     if junit is not None:
         _write(junit, results.as_junit(found))
+    if pages is not None:
+        _write_pages(pages, found)
     if as_json:
         print(results.as_json(found))
     elif tap:
         print("\n".join(results.as_tap(found)))
     else:
+        if len(on or ()) > 1:
+            _compare(found)
         _summarize(found, time.monotonic() - begin)
     raise typer.Exit(ExitCode.OK if results.all_good(found) else ExitCode.NEGATIVE)
+
+
+def _prove(
+    names: Sequence[str], quirks: bool, mutants: int, seed: int, jobs: int, *, as_json: bool
+) -> NoReturn:
+    """The suite's own tests; never returns."""
+    from undervisor.cli.quirks import prove_mutants, prove_quirks
+
+    if mutants < 0:
+        raise BadInput(f"--mutants {mutants}: a number of mutants")
+    good = not quirks or prove_quirks(names, jobs, as_json=as_json)
+    if mutants:
+        good = prove_mutants(mutants, seed, jobs, as_json=as_json) and good
+    raise typer.Exit(ExitCode.OK if good else ExitCode.NEGATIVE)
 
 
 def _list(tests: Sequence[GuestTest], *, as_json: bool) -> None:
@@ -179,6 +211,36 @@ def _summarize(found: Sequence[Result], seconds: float) -> None:
     put(out, f"{_counted(found)} in {seconds:.1f} s")
 
 
+def _compare(found: Sequence[Result]) -> None:
+    """One table: a row a test, a column a target."""
+    from undervisor.cli.printing import table
+    from undervisor.conformance.compare import compare
+
+    comparison = compare(found)
+    made = table("test", *comparison.columns)
+    for row in comparison.rows:
+        made.add_row(row.test.id, *(row.sign(column) for column in comparison.columns))
+    console().print(made)
+
+
+def _write_pages(folder: Path, found: Sequence[Result]) -> None:
+    """The table and a page for each disagreement; pages of an earlier run go."""
+    from undervisor.conformance.compare import compare, pages
+
+    command = " ".join(["undervisor", *sys.argv[1:]])
+    made = dict(pages(compare(found), command))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.md"):
+            if old.name not in made and old.name.startswith(("vmx.", "svm.")):
+                old.unlink()
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be used: {error.strerror}") from None
+    for name, text in made.items():
+        _write(folder / name, text, tell=False)
+    print(f"written: {len(made)} pages in {folder}", file=sys.stderr)
+
+
 def _counted(found: Sequence[Result]) -> str:
     from undervisor.conformance import results
 
@@ -186,7 +248,7 @@ def _counted(found: Sequence[Result]) -> str:
     return ", ".join(f"{number} {verdict.value}" for verdict, number in totals.items()) or "no test"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, *, tell: bool = True) -> None:
     """The whole file or none of it."""
     part = path.with_name(path.name + ".part")
     try:
@@ -195,4 +257,5 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written: {error.strerror}") from None
-    print(f"written: {path}", file=sys.stderr)
+    if tell:
+        print(f"written: {path}", file=sys.stderr)

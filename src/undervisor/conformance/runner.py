@@ -73,11 +73,13 @@ def run_all(
     *,
     jobs: int = 0,
     seen: Callable[[Result], None] = lambda result: None,
+    to_the_first: bool = False,
 ) -> list[Result]:
     """The results of `tests`, in their order; `seen` is told each as it comes.
 
     `jobs` machines run at a time; 0: one for each processor of the host.  The target's own limit
-    holds in any case.
+    holds in any case.  `to_the_first`: end at the first verdict that is not good, with the
+    results that there are.
     """
     most = min(jobs or os.cpu_count() or 1, target.abilities.at_once)
     watched = _Watched(target)
@@ -86,6 +88,11 @@ def run_all(
         try:
             for future in as_completed(futures):
                 seen(future.result())
+                if to_the_first and not future.result().verdict.good:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    done = [f.result() for f in futures if f.done() and not f.cancelled()]
+                    watched.stop()
+                    return done
         except BaseException:  # Ctrl-C above all: nothing is left running
             pool.shutdown(wait=False, cancel_futures=True)
             watched.stop()

@@ -34,14 +34,14 @@ class Quirk:
     """A way of being wrong.
 
     `about` says what the L0 does and must not; `source` where that was seen; `caught_by` are the
-    guest tests that must fail under it.  `model` changes what the processors are, `apply` replaces
-    steps of a machine that is ready to boot.
+    guest tests that must fail under it, each with words that its message must hold.  `model`
+    changes what the processors are, `apply` replaces steps of a machine that is ready to boot.
     """
 
     name: str
     about: str
     source: str
-    caught_by: tuple[str, ...]
+    caught_by: tuple[tuple[str, str], ...]
     apply: Callable[[Machine], None] = no_step
     model: Callable[[CpuModel], CpuModel] = no_change
 
