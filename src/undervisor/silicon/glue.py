@@ -9,6 +9,7 @@ on the path of every block.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -693,17 +694,29 @@ define void @save_vmx(ptr %env, ptr %vmcb) {
 """
 
 
+def _target_machine() -> llvm.TargetMachine:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
+    return llvm.Target.from_default_triple().create_target_machine(opt=2)
+
+
+@lru_cache(maxsize=1)
+def machine_code() -> bytes:
+    """The compiled module, not linked: made once in a process, and there in its forks."""
+    code: bytes = _target_machine().emit_object(llvm.parse_assembly(source()))
+    return code
+
+
 class Glue:
     """The compiled module: addresses of its functions and variables in this process."""
 
     def __init__(self, symbols: Mapping[str, int]) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        llvm.initialize_native_asmparser()
+        code, machine = machine_code(), _target_machine()
         for name, where in symbols.items():
             llvm.add_symbol(name, where)
-        machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source()), machine)
+        self._engine.set_object_cache(getbuffer_func=lambda module: code)
         self._engine.finalize_object()
 
     def function(self, name: str) -> int:

@@ -141,7 +141,9 @@ def serve(
 def _server() -> ForkServerContext:
     """Where children come from: a process that has imported everything and holds no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["undervisor.targets.builtin", "undervisor.guest.asm"])
+    context.set_forkserver_preload(
+        ["undervisor.silicon.warm", "undervisor.targets.builtin", "undervisor.guest.asm"]
+    )
     return context
 
 
