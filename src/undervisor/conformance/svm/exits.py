@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from undervisor.arch.svm.capabilities import SvmFeatures
 from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import VmcbField as F
-from undervisor.conformance.expect import Lacking, each, equal
+from undervisor.conformance.expect import Broken, Lacking, each, equal
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.svm import modes
 from undervisor.conformance.svm.lab import SvmLab
 from undervisor.conformance.svm.needs import feature
 from undervisor.conformance.svm.run import Run
+from undervisor.errors import TimedOut
+from undervisor.guest.probe.client import ProbeDied
+from undervisor.targets import How, Running
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,10 @@ CASES: Final = (
     Case("clgi", Intercept.CLGI, 3, alone=False),
     Case("skinit %eax", Intercept.SKINIT, 3, alone=False),
     Case("vmrun %rax", Intercept.VMRUN, 3, alone=False),
+    Case("vmmcall", Intercept.VMMCALL, 3, alone=False),
+    Case("vmload %rax", Intercept.VMLOAD, 3, "mov $DATA, %eax", alone=False),
+    Case("vmsave %rax", Intercept.VMSAVE, 3, "mov $DATA, %eax"),
+    Case("rsm", Intercept.RSM, 2, alone=False),
     Case(".byte 0xf1", Intercept.ICEBP, 1, alone=False),
     Case("monitor", Intercept.MONITOR, 3, "mov $DATA, %eax; xor %ecx, %ecx; xor %edx, %edx",
          cpuid=(1, "rcx", 3)),
@@ -270,6 +278,23 @@ def a_shutdown_exits_by_its_intercept(lab: SvmLab) -> None:
     run = lab.run("lidt DATA; ud2", wants=[Intercept.SHUTDOWN])
     run.exits_with(ExitCode.SHUTDOWN)
     lab.run("nop").ends()
+
+
+@guest_test("APM: Shutdown Intercept", "APM: Intercept Operation")
+def a_shutdown_without_its_intercept_ends_the_machine(lab: SvmLab) -> None:
+    """A triple fault of L2 that is not intercepted shuts the processor down, L1 with it.
+
+    It must not shut down L0: the target is there to say how its machine ended.
+    """
+    try:
+        run = lab.run("lidt DATA; ud2")
+    except ProbeDied:
+        machine = cast(Running, lab.probe.stream)
+        with suppress(TimedOut):  # it starts anew where the platform resets it
+            if machine.wait(2.0).how is How.TARGET_DIED:
+                raise Broken("the shutdown of L2 took the target with it") from None
+        return
+    raise Broken(f"{run.describe()}; must be a shutdown of the processor")
 
 
 @guest_test("APM: CPUID", "APM: Intercept Operation")
