@@ -439,7 +439,8 @@ compare:
   %is_wrong = icmp eq i32 %error, %wrong
   br i1 %is_wrong, label %mend, label %done
 mend:
-  %kind = and i32 %event, {7 << 8}
+; EXT is clear for INT n (type 4), and for INT3 and INTO where they are told apart (type 6).
+  %kind = and i32 %event, {5 << 8}
   %software = icmp eq i32 %kind, {4 << 8}
   %external = select i1 %software, i32 2, i32 3
   %scaled = shl i32 %vector, 3
