@@ -52,6 +52,14 @@ def asid_0_is_illegal(lab: SvmLab) -> None:
     rejected(lab, "ASID 0", {"ASID 0": {F.GUEST_ASID: 0}})
 
 
+@guest_test(CHECKS, "APM: SVM Intercept Exit Codes")
+def vmexit_invalid_has_64_bits(lab: SvmLab) -> None:
+    """VMEXIT_INVALID is -1 in all 64 bits of EXITCODE."""
+    lab.code("nop")
+    run = lab.run(None, {F.GUEST_ASID: 0})
+    equal("EXITCODE", run[F.EXITCODE], ExitCode.INVALID.raw)
+
+
 @guest_test("APM: ASID", "APM: Function 8000_000Ah: SVM Features")
 def every_asid_that_cpuid_counts_is_accepted(lab: SvmLab) -> None:
     """ASIDs from 1 to one less than CPUID Fn8000_000A_EBX can be used."""

@@ -248,7 +248,7 @@ def instructions_of_user_code_exit_as_well(lab: SvmLab) -> None:
     each("exit and CPL", got, lambda text: (cases[text], 3))
 
 
-@guest_test("APM: MWAIT Intercept", "APM: MONITOR Intercept")
+@guest_test("APM: MWAIT Intercept", "APM: MONITOR Intercept", seconds=5)
 def the_conditional_mwait_intercept_asks_for_an_armed_monitor(lab: SvmLab) -> None:
     """MWAIT_CONDITIONAL exits only while a monitor is armed; MWAIT's own comes first."""
     if not lab.l1.cpuid(1).value["rcx"] >> 3 & 1:

@@ -41,7 +41,6 @@ CASES: Final = (
     Case(Vector.SS, "mov %eax, %ss", "movb $0x13, GDT + 0x2d; mov $DS16, %eax", error_code=0x28),
     Case(Vector.GP, "mov %eax, %ds", "mov $0x1238, %eax", error_code=0x1238),
     Case(Vector.GP, "mov (%rbx), %eax", "mov $1 << 63, %rbx", error_code=0),
-    Case(Vector.GP, "rdmsr", "mov $0x1ff0, %ecx", error_code=0),
     Case(Vector.PF, "mov 8(%rbx), %eax", f"mov ${FAR}, %rbx", error_code=0, address=FAR + 8),
     Case(Vector.PF, "mov %eax, 8(%rbx)", f"mov ${FAR}, %rbx", error_code=2, address=FAR + 8),
     Case(Vector.MF, "fwait", "fninit; push $0x340; fldcw (%rsp); fldz; fld1; fdivp"),

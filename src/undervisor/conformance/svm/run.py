@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from undervisor.arch.svm.exits import ExitCode
+from undervisor.arch.svm.exits import ExitCode, signed_exit_code
 from undervisor.arch.svm.vmcb import SIZE, EventInfo, Vmcb, VmcbField
 from undervisor.conformance.expect import Broken, equal, words
 from undervisor.guest.probe.answers import Answer, L2Run
@@ -47,9 +47,8 @@ class Run:
 
     @property
     def code(self) -> int:
-        """EXITCODE, as a signed number."""
-        value = self[VmcbField.EXITCODE]
-        return value - (1 << 64) if value >> 63 else value
+        """EXITCODE, as a signed number; of 64 bits, or of 32 where the high half is 0."""
+        return signed_exit_code(self[VmcbField.EXITCODE])
 
     @property
     def info1(self) -> int:

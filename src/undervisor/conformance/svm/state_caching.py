@@ -112,9 +112,9 @@ def a_checked_vmcb_is_the_one_that_is_used(lab: SvmLab) -> None:
     4:  dec %ecx; jnz 4b
         movq ${places.code:#x}, CONTROL + {int(F.RIP)}
         mov $CONTROL, %eax; vmrun %rax; stgi
-        cmpq $-1, CONTROL + {int(F.EXITCODE)}; je 2f
+        cmpl $-1, CONTROL + {int(F.EXITCODE)}; je 2f
         inc %r14
-        cmpq ${int(ExitCode.VMMCALL)}, CONTROL + {int(F.EXITCODE)}; je 3f
+        cmpl ${int(ExitCode.VMMCALL)}, CONTROL + {int(F.EXITCODE)}; je 3f
         inc %r15; jmp 3f
     2:  inc %r12
     3:  dec %rbp; jnz 1b
