@@ -24,6 +24,7 @@ from undervisor.errors import TimedOut, UndervisorError
 from undervisor.hypervisor import models
 from undervisor.hypervisor.devices.serial import Input
 from undervisor.hypervisor.machine import MAX_CPUS, Machine
+from undervisor.hypervisor.quirks import named as named_quirks
 from undervisor.hypervisor.trace import NO_TRACE, Tracer
 from undervisor.hypervisor.verdict import Ending, Outcome
 from undervisor.targets import Abilities, End, How, Job
@@ -122,7 +123,7 @@ class Line:
 
 
 def serve(
-    job: Job, cpu: str, quirks: frozenset[str], line: socket.socket, answer: socket.socket
+    job: Job, cpu: str, quirks: tuple[str, ...], line: socket.socket, answer: socket.socket
 ) -> None:
     """A child's whole life: build, run, tell how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -232,7 +233,7 @@ class BuiltinTarget:
     def __init__(self, cpu: str = "amd", quirks: Iterable[str] = ()) -> None:
         self.cpu = cpu
         self.model = models.named(cpu)
-        self.quirks = frozenset(quirks)
+        self.quirks = tuple(quirk.name for quirk in named_quirks(quirks))
         self.name = f"builtin ({cpu})"
 
     @property
