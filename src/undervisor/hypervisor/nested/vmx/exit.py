@@ -13,6 +13,7 @@ from undervisor.arch.vmx.controls import (
     ExitControls,
     InterruptibilityState,
     InterruptionType,
+    PendingDebugExceptions,
     PinBasedControls,
 )
 from undervisor.arch.vmx.exits import ExitReason
@@ -25,6 +26,7 @@ from undervisor.arch.x86.registers import (
     Cr0,
     Cr4,
     Efer,
+    Rflags,
 )
 from undervisor.arch.x86.segments import Segment
 from undervisor.hypervisor import describe
@@ -228,8 +230,10 @@ def save_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     fields[F.ENTRY_INTERRUPTION_INFORMATION] &= ~_VALID
     fields[F.GUEST_ACTIVITY_STATE] = _STATES[vcpu.activity]
     blocked = q[_SHADOW] & 1 or nested.virtual_nmi_blocked or vcpu.nmi_blocked
-    fields[F.GUEST_INTERRUPTIBILITY_STATE] = _interruptibility(vcpu, nested) if blocked else 0
+    fields[F.GUEST_INTERRUPTIBILITY_STATE] = 0
     fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS] = nested.pending_debug
+    if blocked:
+        _save_blocking(vcpu, nested, fields)
     nested.pending_debug = 0
     long_mode = q[_EFER] & _LMA
     if nested.saves_efer:
@@ -256,6 +260,17 @@ def _save_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
             fields[F.ENTRY_CONTROLS] = new
             nested.ia32e_mode_guest = bool(long_mode)
             nested.entry_controls = new
+
+
+def _save_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
+    """The interruptibility state, and the single step that blocking by MOV SS holds back.
+
+    SDM 3C "Saving Non-Register State".
+    """
+    state = _interruptibility(vcpu, nested)
+    fields[F.GUEST_INTERRUPTIBILITY_STATE] = state
+    if state & InterruptibilityState.blocking_by_mov_ss and vcpu.vmcb02.q[_RFLAGS] & Rflags.tf:
+        fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS] |= PendingDebugExceptions.bs
 
 
 def _interruptibility(vcpu: Vcpu, nested: NestedVmx) -> int:
