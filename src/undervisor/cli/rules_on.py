@@ -105,7 +105,7 @@ def _print(columns: Sequence[Column]) -> None:
         for rule, cell in column.cells.items():
             if cell.result.value == "differs":
                 put(out, f"{rule} on {column.target}, {cell.cpu}: {cell.seen}", style="bold")
-                if words := settlement(rule, column.target):
+                if words := settlement(rule):
                     put(out, words, indent=2)
     for column in columns:
         put(out, f"{column.target}: {_counts(column)}")
