@@ -60,6 +60,7 @@ class Link:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = Decoder()
+        self.alive = True
         self._sending, self._taking = threading.Lock(), threading.Lock()
 
     def send(self, data: bytes) -> None:
@@ -67,8 +68,8 @@ class Link:
         try:
             with self._sending:
                 self._stream.send(data)
-        except OSError as error:
-            raise EOFError(str(error)) from None
+        except (EOFError, OSError) as error:
+            raise self._gone(error) from None
 
     def take(self, timeout: float) -> list[Frame]:
         """The frames that are complete after one short wait; EOFError as above.
@@ -80,10 +81,14 @@ class Link:
             return []
         try:
             return self._decoder.feed(self._stream.receive(wait))
-        except OSError as error:
-            raise EOFError(str(error)) from None
+        except (EOFError, OSError) as error:
+            raise self._gone(error) from None
         finally:
             self._taking.release()
+
+    def _gone(self, error: Exception) -> EOFError:
+        self.alive = False
+        return EOFError(str(error) or "its line is closed")
 
     def open(self) -> Facts:
         """What the KVM there can do; BadInput where there is none, or no agent of ours."""
@@ -91,7 +96,7 @@ class Link:
             self.send(say(Word.OPEN, 0))
             payload = self._await_facts()
         except EOFError as error:
-            raise BadInput(f"the agent is gone: {error or 'its line is closed'}") from None
+            raise BadInput(f"the agent is gone: {error}") from None
         data = json.loads(answered(payload))
         if data["version"] != VERSION:
             raise BadInput(
@@ -197,7 +202,7 @@ class BridgeRunning:
             try:
                 frames = self._link.take(left)
             except EOFError as error:
-                self._gone(str(error) or "its agent's line is closed")
+                self._gone(f"its agent: {error}")
                 frames = []
             for frame in frames:
                 if frame.sequence == self._number:
@@ -233,12 +238,15 @@ class BridgeRunning:
 
 
 def begin(link: Link, number: int, job: Job, interrupt_every: float = 0.0) -> BridgeRunning:
-    """Start `job` as the agent's job `number`; BadInput where it does not fit."""
+    """Start `job` as the agent's job `number`; BadInput where it does not fit, or none is there."""
     placement = job.place()
     described = Described(job.cpus, job.memory, placement.boot, interrupt_every)
     frames: list[bytes] = [say(Word.START, number, described.encode())]
     frames += say_pieces(number, placement.pieces)
-    link.send(b"".join([*frames, say(Word.RUN, number)]))
+    try:
+        link.send(b"".join([*frames, say(Word.RUN, number)]))
+    except EOFError as error:
+        raise BadInput(f"the agent is gone: {error}") from None
     return BridgeRunning(link, number)
 
 
@@ -279,6 +287,11 @@ class BridgeTarget:
         self._number = 0
         self._facts: Facts | None = None
         self._running: BridgeRunning | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the agent's line has not ended, as far as was seen."""
+        return self._link.alive
 
     @property
     def facts(self) -> Facts:

@@ -23,6 +23,8 @@ HOST: Final = "host"
 """The only CPU model: what KVM can give."""
 SEND_TIME: Final = 30.0
 """Seconds in which the other end must take what is sent."""
+GRACE: Final = 1.0
+"""Seconds in which an agent must end that has nobody to speak to."""
 _READ: Final = 1 << 16
 _SOURCE: Final = str(Path(__file__).parents[3])
 AGENT: Final = (
@@ -47,7 +49,10 @@ class SocketStream:
 
     def receive(self, timeout: float) -> bytes:
         """Some bytes, or none after `timeout` seconds; EOFError where the other end is gone."""
-        ready, _, _ = select.select([self._connection.fileno()], [], [], timeout)
+        number = self._connection.fileno()
+        if number < 0:  # another thread has closed it
+            raise EOFError
+        ready, _, _ = select.select([number], [], [], timeout)
         if not ready:
             return b""
         data = self._connection.recv(_READ)
@@ -78,11 +83,14 @@ class KvmRunning(BridgeRunning):
 
 
 def end_agent(process: subprocess.Popen[bytes], line: socket.socket) -> None:
-    """End an agent and its machine, now."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End an agent and its machine, now: the agent by itself, so that it waits for its child."""
     line.close()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class KvmTarget:
