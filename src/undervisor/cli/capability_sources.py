@@ -27,6 +27,7 @@ from undervisor.guest.probe.batch import BatchCore
 from undervisor.guest.probe.l1 import Runner
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host
+from undervisor.host.access.schemes import opener
 from undervisor.host.fact import Known
 
 _INLINE = re.compile(r"\s*(\w+)\s*[=:]\s*((?:0x)?[0-9a-fA-F_]+)\s*\Z")
@@ -50,7 +51,7 @@ def read_source(word: str, ssh_config: str = "") -> CapabilitySet:
         return inline
     if os.path.isdir(word):
         return _from_host(recording=word)
-    if "@" in word and not os.path.exists(word):
+    if opener(word) or ("@" in word and not os.path.exists(word)):
         return _from_host(host=word, ssh_config=ssh_config)
     return load(word)
 
@@ -144,6 +145,8 @@ def _from_host(host: str = "", recording: str = "", ssh_config: str = "") -> Cap
                 msrs[index] = fact.value
             else:
                 why = why or str(fact)
+        if msrs.get(VmxMsr.IA32_VMX_BASIC) == 0:  # emulators without VMX read its MSRs as zeros
+            msrs = {}
         known = {i: v for i, v in msrs.items() if i != VmxMsr.IA32_FEATURE_CONTROL}
         found = CapabilitySet(opened.name, [msrs] if known else [])
         _leaves(found, opened)

@@ -48,8 +48,9 @@ def caps(
         list[str] | None,
         typer.Argument(
             metavar="[SOURCE] | diff A B [C] | adjust CONTROL VALUE [SOURCE]",
-            help="A source is `here`, `msr`, `kvm`, `cpu:MODEL`, `probe:MODEL`, user@host, a "
-            "recording's folder, a file (JSON, `rdmsr -a` text, vmxcap's text, VBox.log), or MSRs: "
+            help="A source is `here`, `msr`, `kvm`, `cpu:MODEL`, `probe:MODEL`, user@host, "
+            "`lab:l1`, a recording's folder, a file (JSON, `rdmsr -a` text, vmxcap's text, VBox.log), "
+            "or MSRs: "
             "`48b=378ef00000000`",
         ),
     ] = None,

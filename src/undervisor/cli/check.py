@@ -22,7 +22,9 @@ from undervisor.host.facts.machine import Machine, gather
 from undervisor.host.facts.software import Guest
 from undervisor.report.examination import one_line, print_examination
 
-HostOption = Annotated[str, typer.Option("--host", help="A machine over SSH: user@name.")]
+HostOption = Annotated[
+    str, typer.Option("--host", help="A machine over SSH, user@name, or a lab's: lab:l1.")
+]
 GuestOption = Annotated[str, typer.Option("--guest", help="A libvirt guest, through its agent.")]
 ShellOption = Annotated[
     str,

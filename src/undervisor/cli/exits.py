@@ -15,12 +15,12 @@ from rich.table import Table
 
 from undervisor.cli.check import JsonOption
 from undervisor.errors import BadInput, ExitCode
-from undervisor.host.access.live import LiveHost
+from undervisor.host.access.opening import open_host
 from undervisor.host.exits import live
 from undervisor.host.exits.attribute import Attribution, Tally
 from undervisor.host.exits.stats import debugfs_counters, parse_binary
 from undervisor.host.exits.trace import parse
-from undervisor.host.fact import Known
+from undervisor.host.fact import Fact, Known
 from undervisor.report.exits import remarks, table
 
 
@@ -35,6 +35,9 @@ def exits(
     stats_file: Annotated[
         str, typer.Option("--stats-file", help="A file read from KVM_GET_STATS_FD.")
     ] = "",
+    host: Annotated[
+        str, typer.Option("--host", help="With --stats: another machine, user@name or lab:l1.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Count VM exits by reason, attributed to L1, to L2 handled by L0, and to L2 reflected to L1.
@@ -43,10 +46,12 @@ def exits(
     """
     if not 0 < seconds <= 86400:
         raise BadInput(f"{seconds} seconds", hint="more than 0, at most a day")
+    if host and not stats:
+        raise BadInput("--host wants --stats", hint="to trace there, run undervisor there")
     if stats_file:
         _show_file(stats_file, as_json)
     elif stats:
-        _show_counters(seconds, as_json)
+        _show_counters(host, seconds, as_json)
     else:
         tally = _from_text(trace) if trace else _watch(seconds, as_json)
         _show(tally, as_json)
@@ -105,28 +110,31 @@ def _show(tally: Tally, as_json: bool) -> None:
         console.print(f"- {line}", highlight=False)
 
 
-def _show_counters(seconds: float, as_json: bool) -> None:
-    host = LiveHost()
-    before = debugfs_counters(host)
-    if not isinstance(before, Known):
-        raise BadInput(str(before))
-    time.sleep(seconds)
-    after = debugfs_counters(host)
-    if not isinstance(after, Known):
-        raise BadInput(str(after))
+def _show_counters(name: str, seconds: float, as_json: bool) -> None:
+    host = open_host(host=name)
+    try:
+        before = _known(debugfs_counters(host))
+        time.sleep(seconds)
+        after = _known(debugfs_counters(host))
+    finally:
+        host.close()
     rates = {
-        name: (after.value[name] - count) / seconds
-        for name, count in before.value.items()
-        if name in after.value
+        name: (after[name] - count) / seconds for name, count in before.items() if name in after
     }
     if as_json:
-        json.dump({"seconds": seconds, "totals": after.value, "per_second": rates}, sys.stdout)
+        json.dump({"seconds": seconds, "totals": after, "per_second": rates}, sys.stdout)
         print()
         return
     found = Table("counter", "total", "per second")
     for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
-        found.add_row(name, f"{after.value[name]:,}", f"{rate:,.1f}")
+        found.add_row(name, f"{after[name]:,}", f"{rate:,.1f}")
     Console().print(found)
+
+
+def _known(counters: Fact[dict[str, int]]) -> dict[str, int]:
+    if not isinstance(counters, Known):
+        raise BadInput(str(counters))
+    return counters.value
 
 
 def _show_file(path: str, as_json: bool) -> None:

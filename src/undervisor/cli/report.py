@@ -11,9 +11,10 @@ from undervisor.cli.check import SshConfigOption
 from undervisor.errors import BadInput, ExitCode
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host
+from undervisor.host.access.schemes import opener
 from undervisor.report.bundle import Bundle, contents, level, write
 
-_WHERE = "`here`, user@name, guest:NAME (its libvirt agent), or a recording's folder."
+_WHERE = "`here`, user@name, lab:l1, guest:NAME (its libvirt agent), or a recording's folder."
 
 
 def report(
@@ -58,6 +59,6 @@ def _open(place: str, ssh_config: str) -> Host:
         return open_host()
     if place.startswith("guest:"):
         return open_host(guest=place.removeprefix("guest:"))
-    if os.path.sep in place or os.path.isdir(place):
+    if not opener(place) and (os.path.sep in place or os.path.isdir(place)):
         return open_host(recording=place)
     return open_host(host=place, ssh_config=ssh_config)

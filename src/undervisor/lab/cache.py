@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from typing import Final
 from undervisor.errors import BadInput
 
 _HALF: Final = ".half-"
+_DAYS: Final = 14
 
 
 def default_folder() -> Path:
@@ -40,6 +42,7 @@ class Cache:
         """
         path = self.folder / name
         if path.exists():
+            os.utime(path)
             return path
         with self._making() as place:
             if not path.exists():  # another maker may have come first
@@ -64,10 +67,19 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.folder.glob(f"{_HALF}*"):
                 shutil.rmtree(left, ignore_errors=True)
+            self._forget()
             with tempfile.TemporaryDirectory(prefix=_HALF, dir=self.folder) as place:
                 yield Path(place)
         finally:
             os.close(lock)
+
+    def _forget(self) -> None:
+        """Remove what nobody has asked for in a long time: images follow every change of inputs."""
+        oldest = time.time() - _DAYS * 86400
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):
+                if not path.name.startswith(".") and path.stat().st_mtime < oldest:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -20,7 +20,7 @@ from undervisor.lab.plan import Plan
 from undervisor.lab.progress import SILENT, Progress
 from undervisor.lab.sources import Sources
 
-FORMAT: Final = "1"
+FORMAT: Final = "2"
 """Changes with what this module writes, so that an older image is not taken for a new one."""
 MODULES: Final = ("kvm-amd", "kvm-intel", "cpuid", "msr", "virtio_pci", "virtio_mmio",
                   "virtio_console")  # fmt: skip
@@ -68,6 +68,7 @@ def level_image(found: Sources, inner: bytes) -> bytes:
     archive.file("init", files("undervisor.lab").joinpath(_INIT).read_bytes(), program=True)
     archive.file("bin/busybox", found.busybox.read_bytes(), program=True)
     archive.link("bin/sh", "busybox")
+    archive.file("etc/os-release", b'ID=undervisor-lab\nPRETTY_NAME="a level of a lab"\n')
     archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     archive.file("etc/group", b"root:x:0:\n")
     archive.file(probe.PATH, probe.program(), program=True)

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from undervisor.lab.places import LOG, PLAN, Place, started
 from undervisor.lab.ports import CONSOLE, GREETING, SHELL
@@ -131,13 +131,17 @@ async def _keep(place: Place, command: list[str], names: list[str]) -> None:
     try:
         streams = [Stream(place, name) for name in names]
         connecting = asyncio.gather(*(stream.connect() for stream in streams))
-        until = {asyncio.ensure_future(work) for work in (ending.wait(), _lifeline(), qemu.wait())}
-        await asyncio.wait({connecting, *until}, return_when=asyncio.FIRST_COMPLETED)
+        ended: list[asyncio.Task[Any]] = [
+            asyncio.create_task(ending.wait()),
+            asyncio.create_task(_lifeline()),
+            asyncio.create_task(qemu.wait()),
+        ]
+        await asyncio.wait([connecting, *ended], return_when=asyncio.FIRST_COMPLETED)
         if connecting.done() and not connecting.exception():
             pumps = [asyncio.ensure_future(stream.pump()) for stream in streams]
             sys.stdout.buffer.write(READY)
             sys.stdout.buffer.flush()
-            await asyncio.wait(until, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
             if qemu.returncode is not None:  # the last words
                 await asyncio.wait(pumps, timeout=1.0)
     finally:

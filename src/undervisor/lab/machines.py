@@ -10,6 +10,7 @@ from typing import Final
 from undervisor.host.access import kvm_device
 from undervisor.host.access.protocol import KvmOffer
 from undervisor.host.fact import Fact, Known
+from undervisor.lab import vmm
 from undervisor.lab.images import Images
 from undervisor.lab.plan import Plan
 from undervisor.lab.ports import CONSOLE, carried, of_lab, port
@@ -51,8 +52,8 @@ def outer(plan: Plan, images: Images, qemu: Path, accelerated: str) -> list[str]
 
 def inner(plan: Plan, level: int) -> str:
     """The shell command by which the level outside starts `level` under its own KVM."""
-    words = ["/usr/bin/vmm", "-L", "/lab/firmware", "-accel", "kvm", "-machine", _MICROVM]
-    words += ["-cpu", "host", *_common(plan, level)]
+    words = [vmm.QEMU, "-name", f"l{level}", "-L", "/lab/firmware", "-accel", "kvm"]
+    words += ["-machine", _MICROVM, "-cpu", "host", *_common(plan, level)]
     words += ["-kernel", "/lab/kernel", "-initrd", "/lab/initramfs"]
     words += ["-append", _command_line(plan, level)]
     console = port(CONSOLE, level)

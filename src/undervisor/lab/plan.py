@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from undervisor.errors import BadInput
 
@@ -51,16 +51,3 @@ class Plan:
         """MiB of a level: room for itself and for twice what is inside it."""
         inside = 2 * self.memory(level + 1) if level < self.depth else 0
         return _MIB_OF_A_LEAF + inside + (_MIB_FOR_PYTHON if self.python and level == 1 else 0)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `from_json`."""
-        return {
-            name: str(value) if isinstance(value := getattr(self, name), Path) else value
-            for name in self.__slots__
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `as_json` wrote."""
-        paths = {"kernel", "modules", "busybox", "initramfs"}
-        return cls(**{k: Path(v) if k in paths and v else v for k, v in data.items()})

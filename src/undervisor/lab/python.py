@@ -30,8 +30,10 @@ _SITE: Final = f"{_LIBRARY}/site-packages"
 
 # What a machine that is looked at does not need.
 _NOT_STANDARD: Final = frozenset(
-    ["__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"]
-    + ["dist-packages", "test", "tests", "tkinter", "turtledemo", "unittest", "venv"]
+    {
+        *("__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data"),
+        *("site-packages", "test", "tests", "tkinter", "turtledemo", "unittest", "venv"),
+    }
 )
 _NOT_REQUIRED: Final = {
     "unicorn": "the built-in L0 does not run inside the lab",

@@ -61,9 +61,9 @@ def add_program(archive: Archive, program: Path, path: str = "") -> None:
 
 
 def add_vmm(archive: Archive) -> None:
-    """QEMU under `/usr/bin/vmm`, with its firmware in `/lab/firmware`."""
+    """QEMU, under the name that people look for, with its firmware in `/lab/firmware`."""
     program = inner_qemu()
-    add_program(archive, program, "usr/bin/vmm")
+    add_program(archive, program, f"usr/bin/{QEMU}")
     for name, path in firmware(program).items():
         archive.file(f"lab/firmware/{name}", path.read_bytes())
 

@@ -93,7 +93,10 @@ def cpuid(leaf: int, subleaf: int = 0) -> Fact[Cpuid]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return Unknown(source, f"{platform.machine()} has no CPUID instruction")
     out = (ctypes.c_uint32 * 4)()
-    _functions()["cpuid"](leaf, subleaf, out)
+    try:
+        _functions()["cpuid"](leaf, subleaf, out)
+    except ImportError:
+        return _uncompiled(source)
     return Known(Cpuid(*out), source)
 
 
@@ -101,8 +104,16 @@ def timing() -> Fact[Timing]:
     """Medians over a few hundred executions; no device is opened, nothing is disturbed."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return Unknown("timing", f"{platform.machine()} has no CPUID instruction")
-    medians = [
-        sorted(_functions()[name]() for _ in range(_ROUNDS))[_ROUNDS // 2]
-        for name in ("cpuid_ticks", "plain_ticks")
-    ]
+    try:
+        medians = [
+            sorted(_functions()[name]() for _ in range(_ROUNDS))[_ROUNDS // 2]
+            for name in ("cpuid_ticks", "plain_ticks")
+        ]
+    except ImportError:
+        return _uncompiled("timing")
     return Known(Timing(*medians), "CPUID timed with RDTSC")
+
+
+def _uncompiled(source: str) -> Unknown:
+    """Small systems, such as the lab's L1, have no compiler of ours."""
+    return Unknown(source, "llvmlite is not installed here", "pip install llvmlite")

@@ -1,4 +1,4 @@
-"""Which machine an operator means: one of the four ways to name it."""
+"""Which machine an operator means: one of the ways to name it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from undervisor.host.access.agent import AgentHost
 from undervisor.host.access.live import LiveHost
 from undervisor.host.access.protocol import Host
 from undervisor.host.access.recorded import RecordedHost
+from undervisor.host.access.schemes import opener
 from undervisor.host.access.ssh import SshHost, ssh_command
 
 
@@ -20,8 +21,8 @@ def open_host(
     root: str = "",
     shell: str = "",
 ) -> Host:
-    """This machine, `user@name` over SSH, a recording, a libvirt guest, a root folder, or what a
-    command leads to that gives a plain sh, such as `kubectl exec -i POD -- sh`.
+    """This machine, `user@name` over SSH or `lab:l1`, a recording, a libvirt guest, a root folder,
+    or what a command leads to that gives a plain sh, such as `kubectl exec -i POD -- sh`.
 
     Raises BadInput where more than one is named or the one named can't be reached.
     """
@@ -29,6 +30,8 @@ def open_host(
         raise BadInput("name one machine: a host, a guest, a shell, a recording or a root folder")
     if recording:
         return RecordedHost(recording)
+    if host and (opens := opener(host)):
+        return opens(host)
     if host:
         remote = SshHost(host, ssh_command(host, ssh_config))
         _greet(remote)
