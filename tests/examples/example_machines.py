@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from undervisor.arch.x86.boot import MemoryMap
-from undervisor.guest.disk import iso_image
 from undervisor.guest.image import Image
+from undervisor.targets import How, Job
+from undervisor.targets.bochs import BochsTarget, Firmware
 
 SOURCES = Path(__file__).parents[2] / "examples"
 EXPECTED = Path(__file__).parent / "expected"
@@ -77,37 +78,18 @@ def on_qemu(
     return Outcome(out, status, err)
 
 
-BOCHS_MODEL = {"vmx": "corei7_skylake_x", "svm": "ryzen"}
-BOCHS = """\
-config_interface: textconfig
-display_library: rfb, options="timeout=0"
-sound: waveoutdrv=dummy
-memory: host={memory}, guest={memory}
-romimage: file=/usr/share/bochs/BIOS-bochs-latest
-vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
-cpu: model={model}, count={cpus}, ips=20000000, reset_on_triple_fault=0, ignore_bad_msrs=1
-boot: cdrom
-ata0-master: type=cdrom, path=image.iso, status=inserted
-com1: enabled=1, mode=file, dev=serial.txt
-clock: sync=none
-panic: action=fatal
-log: log.txt
-plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=1, parallel=0, serial=1, iodebug=0
-"""
+BOCHS_MODEL = {"vmx": "intel", "svm": "amd"}
 
 
-def on_bochs(image: Path, vendor: str, cpus: int, words: str, folder: Path) -> Outcome:
-    """Bochs as the L0, from a CD.  It has no exit status; the image must have ended the run."""
-    placement = Image.parse(image.read_bytes(), image.name).place(
-        MemoryMap.pc(MEMORY_MIB << 20), words
-    )
-    (folder / "image.iso").write_bytes(iso_image(placement))
-    (folder / "configuration").write_text(
-        BOCHS.format(memory=MEMORY_MIB, model=BOCHS_MODEL[vendor], cpus=cpus)
-    )
-    (folder / "commands").write_text("c\n")  # the built-in debugger waits for this
-    command = [shutil.which("bochs-bin") or "bochs", "-q"]
-    run_group([*command, "-rc", "commands", "-f", "configuration"], folder, 120)
-    log = (folder / "log.txt").read_text(errors="replace")
-    assert "Shutdown port: shutdown requested" in log, log[-2000:]
-    return Outcome((folder / "serial.txt").read_text(), None, log)
+def on_bochs(image: Path, vendor: str, cpus: int, words: str) -> str:
+    """What the image prints on Bochs, whose BIOS tells it of the processors, until it ends."""
+    job = Job(Image.parse(image.read_bytes(), image.name), cpus, MEMORY_MIB << 20, words)
+    text, deadline = b"", time.monotonic() + 120
+    target = BochsTarget(BOCHS_MODEL[vendor], Firmware.BIOS, absent_msrs_fault=False)
+    with target.start(job) as running:
+        with contextlib.suppress(EOFError):
+            while time.monotonic() < deadline:
+                text += running.receive(1)
+        end = running.wait(5)
+    assert end.how is How.FINISHED, end
+    return text.decode()

@@ -4,10 +4,9 @@ import random
 import struct
 
 import pytest
-from guest_machines import bochs, needs_bochs, needs_qemu, qemu
+from guest_machines import needs_bochs, needs_qemu, qemu
 
 from undervisor.arch.svm.vmcb import Vmcb, VmcbField
-from undervisor.arch.x86.boot import MemoryMap
 from undervisor.guest.asm import assemble
 from undervisor.guest.disk import disk_image, iso_image
 from undervisor.guest.elf_writer import note, write_elf
@@ -20,13 +19,23 @@ from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
 from undervisor.guest.probe.protocol import Frame, Kind, Status
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
 from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
+from undervisor.targets import Job
+from undervisor.targets.bochs import BochsTarget, Firmware
+from undervisor.targets.qemu import QemuTarget
 
 qemu_test = [pytest.mark.qemu, needs_qemu]
-bochs_test = [pytest.mark.bochs, pytest.mark.deep, needs_bochs]
+bochs_test = [pytest.mark.bochs, needs_bochs]
+
+
+MEMORY = 32 << 20
+
+
+def probe_job(cpus=1):
+    return Job(Image.parse(program().elf, "probe"), cpus, MEMORY)
 
 
 def placement():
-    return Image.parse(program().elf, "probe").place(MemoryMap.pc(32 << 20))
+    return probe_job().place()
 
 
 def pvh_image():
@@ -38,10 +47,10 @@ def pvh_image():
 
 
 MEDIA = {
-    "multiboot": lambda: {"-kernel": program().elf},
-    "pvh": lambda: {"-kernel": pvh_image()},
-    "disk": lambda: {"disk": disk_image(placement())},
-    "cdrom": lambda: {"cdrom": iso_image(placement())},
+    "multiboot": lambda: (["-kernel", "medium"], program().elf),
+    "pvh": lambda: (["-kernel", "medium"], pvh_image()),
+    "disk": lambda: (["-drive", "file=medium,format=raw,if=ide"], disk_image(placement())),
+    "cdrom": lambda: (["-cdrom", "medium", "-boot", "d"], iso_image(placement())),
 }
 
 
@@ -53,7 +62,7 @@ def connected(line):
 
 @pytest.fixture
 def on_qemu():
-    with qemu(MEDIA["multiboot"](), processors=3) as line:
+    with QemuTarget("EPYC,+svm").start(probe_job(3)) as line:
         yield connected(line)
 
 
@@ -74,7 +83,8 @@ class TestOnQemu:
 
     @pytest.mark.parametrize("medium", MEDIA)
     def test_it_starts_from(self, medium):
-        with qemu(MEDIA[medium]()) as line:
+        options, data = MEDIA[medium]()
+        with qemu(options, {"medium": data}) as line:
             probe = connected(line)
             assert vendor(probe) == b"AuthenticAMD"
             assert probe.booted_by_multiboot == (medium != "pvh")
@@ -346,14 +356,14 @@ class TestOnBochs:
     pytestmark = bochs_test
 
     def test_an_svm_l2_runs_on_each_of_two_processors(self):
-        with bochs(iso_image(placement()), "ryzen", processors=2) as line:
+        with BochsTarget("amd", Firmware.BIOS).start(probe_job(2)) as line:
             probe = connected(line)
             assert vendor(probe) == b"AuthenticAMD"
             assert probe.start_aps([1]) == 2
             svm_l2(probe)
 
     def test_a_vmx_l2_runs_and_exits_by_vmcall(self):
-        with bochs(iso_image(placement()), "corei7_skylake_x") as line:
+        with BochsTarget("intel", Firmware.BIOS).start(probe_job()) as line:
             probe = connected(line)
             assert vendor(probe) == b"GenuineIntel"
             vmx_l2(probe)

@@ -42,7 +42,7 @@ config_interface: textconfig
 display_library: rfb, options="timeout=0"
 sound: waveoutdrv=dummy
 memory: host={memory}, guest={memory}
-cpu: model={model}, count={cpus}, ips=4000000, reset_on_triple_fault=0, ignore_bad_msrs=0
+cpu: model={model}, count={cpus}, ips=4000000, reset_on_triple_fault=0, ignore_bad_msrs={ignored}
 com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}
 clock: sync=none, time0=1
 panic: action=fatal
@@ -66,9 +66,19 @@ class Firmware(Enum):
 class BochsTarget:
     """Bochs with a CPU model: "intel", "amd", or one of its own."""
 
-    def __init__(self, cpu: str = "intel", firmware: Firmware = Firmware.ROM) -> None:
-        """BadInput where Bochs or the firmware is not installed, or the name cannot be a model."""
-        self.cpu, self.firmware = cpu, firmware
+    def __init__(
+        self,
+        cpu: str = "intel",
+        firmware: Firmware = Firmware.ROM,
+        *,
+        absent_msrs_fault: bool = True,
+    ) -> None:
+        """BadInput where Bochs or the firmware is not installed, or the name cannot be a model.
+
+        `absent_msrs_fault`: as in a processor.  Bochs lacks MSRs that its CPUID promises, which
+        read as zero where this is off.
+        """
+        self.cpu, self.firmware, self._faults = cpu, firmware, absent_msrs_fault
         self.name = f"bochs ({cpu})"
         self._model = MODELS.get(cpu, cpu)
         if not re.fullmatch(r"[a-z0-9_]+", self._model):
@@ -99,6 +109,7 @@ class BochsTarget:
             memory=job.memory >> 20,
             model=self._model,
             cpus=job.cpus,
+            ignored=int(not self._faults),
             port=listener.getsockname()[1],
         )
         files["configuration"] = "\n".join((configuration, *lines, "")).encode()
