@@ -160,7 +160,7 @@ def _write_cells(cpu: Element, cells: tuple[Cell, ...]) -> None:
     if not elements and not cells:
         return
     pairs = x.match_by_ordinal(
-        elements, [c.ordinal for c in cells], lambda: x.make(x.ensure(cpu, "numa"), "cell")
+        elements, [c.ordinal for c in cells], lambda _: x.make(x.ensure(cpu, "numa"), "cell")
     )
     for cell, element in zip(cells, pairs, strict=True):
         if cell != _cell(element, cell.ordinal if cell.ordinal >= 0 else cell.id):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from undervisor.domains import xml_tree as x
 from undervisor.domains.model import Balloon, Console, Disk, Guest, Interface
 from undervisor.domains.xml_tree import Element
+
+Part = TypeVar("Part", Disk, Interface, Console)
 
 AGENT = "org.qemu.guest_agent.0"
 _DISK_SOURCE = {"file": "file", "block": "dev", "dir": "dir"}
@@ -25,10 +29,9 @@ def read_interfaces(root: Element) -> tuple[Interface, ...]:
 
 
 def read_consoles(root: Element) -> tuple[Console, ...]:
-    """The consoles; a serial port counts where no console is named, as libvirt makes it one."""
+    """Serial ports and other consoles."""
     return tuple(
-        Console(e.get("type") or "pty", x.attribute(e, "target", "type") or "serial", at)
-        for at, e in enumerate(_consoles(root))
+        Console(e.get("type") or "pty", _target(e), at) for at, e in enumerate(_consoles(root))
     )
 
 
@@ -45,10 +48,15 @@ def read_balloon(root: Element) -> Balloon | None:
 
 def write(root: Element, guest: Guest) -> None:
     """Make <devices> say what `guest` has."""
-    _write_list(root, "disk", guest.disks, root.findall("devices/disk"), _write_disk)
-    found = root.findall("devices/interface")
-    _write_list(root, "interface", guest.interfaces, found, _write_interface)
-    _write_list(root, "console", guest.consoles, _consoles(root), _write_console)
+    disks, interfaces = root.findall("devices/disk"), root.findall("devices/interface")
+    _write_list(root, lambda _: "disk", guest.disks, disks, _write_disk)
+    _write_list(root, lambda _: "interface", guest.interfaces, interfaces, _write_interface)
+    ports = root.find("devices/serial") is not None
+
+    def tag(console: Console) -> str:
+        return "serial" if ports and console.target == "serial" else "console"
+
+    _write_list(root, tag, guest.consoles, _consoles(root), _write_console)
     agent = _agent(root)
     if guest.agent and agent is None:
         channel = x.make(x.ensure(root, "devices"), "channel", type="unix")
@@ -58,12 +66,17 @@ def write(root: Element, guest: Guest) -> None:
     _write_balloon(root, guest.balloon)
 
 
-def _write_list(root, tag, parts, elements, write_one) -> None:  # type: ignore[no-untyped-def]
-    if not parts and not elements:
-        return
-    matched = x.match_by_ordinal(
-        elements, [p.ordinal for p in parts], lambda: x.make(x.ensure(root, "devices"), tag)
-    )
+def _write_list(
+    root: Element,
+    tag: Callable[[Part], str],
+    parts: Sequence[Part],
+    elements: Sequence[Element],
+    write_one: Callable[[Element, Part], None],
+) -> None:
+    def create(at: int) -> Element:
+        return x.make(x.ensure(root, "devices"), tag(parts[at]))
+
+    matched = x.match_by_ordinal(elements, [p.ordinal for p in parts], create)
     for part, element in zip(parts, matched, strict=True):
         write_one(element, part)
 
@@ -144,13 +157,24 @@ def _write_interface(e: Element, interface: Interface) -> None:
 
 
 def _consoles(root: Element) -> list[Element]:
-    return root.findall("devices/console") or root.findall("devices/serial")
+    """Serial ports, then consoles; where there are ports, the first console is one of them."""
+    ports, consoles = root.findall("devices/serial"), root.findall("devices/console")
+    if ports and consoles and x.attribute(consoles[0], "target", "type") in ("serial", ""):
+        consoles = consoles[1:]
+    return ports + consoles
+
+
+def _target(element: Element) -> str:
+    """What the guest sees; a port's own type (isa-serial, pci-serial) is a serial port to us."""
+    if element.tag == "serial":
+        return "serial"
+    return x.attribute(element, "target", "type") or "serial"
 
 
 def _write_console(e: Element, console: Console) -> None:
     if (e.get("type") or "pty") != console.kind or not (e.attrib or len(e)):
         e.set("type", console.kind)
-    if (x.attribute(e, "target", "type") or "serial") != console.target:
+    if _target(e) != console.target:
         x.put_attribute(e, "target", "type", console.target)
 
 

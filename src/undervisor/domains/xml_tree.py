@@ -160,14 +160,17 @@ def put_cpus(parent: Element, path: str, name: str, value: frozenset[int]) -> No
 
 
 def match_by_ordinal(
-    elements: Sequence[Element], ordinals: Sequence[int], create: Callable[[], Element]
+    elements: Sequence[Element], ordinals: Sequence[int], create: Callable[[int], Element]
 ) -> list[Element]:
-    """The element of each part: its own by its ordinal, else a new one; the rest is removed."""
+    """The element of each part: its own by its ordinal, else a new one; the rest is removed.
+
+    `create` gets the place of the part.
+    """
     kept = [elements[o] if 0 <= o < len(elements) else None for o in ordinals]
     for element in elements:
         if not any(element is k for k in kept):
             drop(element)
-    return [create() if element is None else element for element in kept]
+    return [create(at) if element is None else element for at, element in enumerate(kept)]
 
 
 def _is_root(element: Element) -> bool:
