@@ -211,8 +211,6 @@ def invvpid_fails_for_bad_types_and_descriptors(lab: VmxLab) -> None:
     capability = lab.ept_capability()
     kinds = (ADDRESS, CONTEXT, RETAINING_GLOBALS)
     single = [k for k in kinds if getattr(capability, CAPABILITY[k])]
-        k for k in (ADDRESS, CONTEXT, RETAINING_GLOBALS) if getattr(capability, CAPABILITY[k])
-    ]
     with lab.batch() as batch:
         bad = {(kind, 1, 0): batch.invvpid(kind, 1) for kind in (4, 5, 1 << 32, (1 << 64) - 1)}
         bad |= {(kind, 0, 0): batch.invvpid(kind, 0) for kind in single}
