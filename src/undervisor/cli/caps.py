@@ -49,9 +49,8 @@ def caps(
         typer.Argument(
             metavar="[SOURCE] | diff A B [C] | adjust CONTROL VALUE [SOURCE]",
             help="A source is `here`, `msr`, `kvm`, `cpu:MODEL`, `probe:MODEL`, user@host, "
-            "`lab:l1`, a recording's folder, a file (JSON, `rdmsr -a` text, vmxcap's text, VBox.log), "
-            "or MSRs: "
-            "`48b=378ef00000000`",
+            "`lab:l1`, a recording's folder, a file (JSON, `rdmsr -a` text, vmxcap's text, "
+            "VBox.log), or MSRs: `48b=378ef00000000`",
         ),
     ] = None,
     everything: Annotated[
