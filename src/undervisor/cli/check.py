@@ -12,12 +12,14 @@ import typer
 from rich.console import Console
 
 from undervisor.errors import BadInput, ExitCode
+from undervisor.host.access.live import LiveHost
 from undervisor.host.access.opening import open_host
-from undervisor.host.access.protocol import Host
+from undervisor.host.access.protocol import Host, KvmOffer
 from undervisor.host.below import Below, guest_answer
 from undervisor.host.below import below as what_is_below
 from undervisor.host.checks.engine import Examination, Verdict, examine
-from undervisor.host.fact import value_or
+from undervisor.host.checks.live import Proof
+from undervisor.host.fact import Fact, Known, value_or
 from undervisor.host.facts.machine import Machine, gather
 from undervisor.host.facts.software import Guest
 from undervisor.report.examination import one_line, print_examination
@@ -64,7 +66,7 @@ def check(
         bool, typer.Option("--inside", help="One line for a CI job inside L1: is nesting usable?")
     ] = False,
     live: Annotated[
-        bool, typer.Option("--live", help="Also open /dev/kvm and ask it; no guest is run.")
+        bool, typer.Option("--live", help="Also run a guest on /dev/kvm that runs its own.")
     ] = False,
     below: Annotated[
         str, typer.Option("--below", help="One line: is this below us? kvm, tcg, nothing, other.")
@@ -81,8 +83,9 @@ def check(
     with machine(host, guest, recording, ssh_config, shell) as opened:
         facts = gather(opened)
         offer = opened.kvm() if live else None
+        proof = _proof(opened, offer)
     answer = what_is_below(facts)
-    examination = examine(facts, with_security=security, offer=offer)
+    examination = examine(facts, with_security=security, offer=offer, proof=proof)
     if as_json:
         said = examination.as_json() | answer.as_json() | {"guests": _guests(facts)}
         json.dump(said, sys.stdout, indent=2)
@@ -96,6 +99,17 @@ def check(
     if below:
         raise typer.Exit(ExitCode.OK if answer.below.name == below.upper() else ExitCode.NEGATIVE)
     raise typer.Exit(exit_code(examination))
+
+
+def _proof(opened: Host, offer: Fact[KvmOffer] | None) -> Proof | None:
+    """What comes of a guest, where KVM here can be asked to run one."""
+    if not (isinstance(opened, LiveHost) and isinstance(offer, Known)):
+        return None
+    from undervisor.cli.live_proof import prove
+    from undervisor.targets.kvm.target import KvmTarget
+
+    said = offer.value
+    return prove(KvmTarget(), "vmx" if said.vmx else "svm" if said.svm else "")
 
 
 def _guests(facts: Machine) -> list[dict[str, Any]]:

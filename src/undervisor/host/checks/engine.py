@@ -73,13 +73,20 @@ class Examination:
 
 
 def examine(
-    machine: Machine, *, with_security: bool = False, offer: Fact[KvmOffer] | None = None
+    machine: Machine,
+    *,
+    with_security: bool = False,
+    offer: Fact[KvmOffer] | None = None,
+    proof: live.Proof | None = None,
 ) -> Examination:
-    """Every finding on `machine`; with `offer`, what KVM itself answered counts too."""
+    """Every finding on `machine`.
+
+    With `offer`, what KVM itself answered counts too, and with `proof` what came of a guest on it.
+    """
     checks = (*CHECKS, security.check) if with_security else CHECKS
     found = [finding for check in checks for finding in check(machine)]
     if offer is not None:
-        found += live.check(machine, offer)
+        found += live.check(machine, offer, proof)
     found.sort(key=lambda finding: finding.kind.layer)
     nesting = [f for f in found if f.kind.layer is not Layer.SECURITY]
     failures = [f for f in nesting if f.kind.level is Level.FAIL]
