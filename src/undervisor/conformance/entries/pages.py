@@ -24,7 +24,9 @@ reason and qualification, the VMX abort, or VMEXIT_INVALID.
 `--json`, is kept in `src/undervisor/data/rules-compared.json`, and this page is generated from it.
 
 "Not applicable" means that no state of the target's processors breaks the rule, or none breaks it
-alone; why is said [below](#not-applicable). Nothing is passed over in silence.
+alone; why is said [below](#not-applicable). Nothing is passed over in silence. Of an MSR list one
+entry is bad: those of `x2apic` and `smm-only` could not be written by WRMSR or read by RDMSR
+either, so that there `writable` or `readable` is broken as well.
 """
 
 _HALF_A_CODE: Final = """One difference is not counted with any rule. EXITCODE is the 64-bit field

@@ -34,8 +34,7 @@ _EXCEPTION: Final = (
     'APM, "Event Injection": VMRUN exits with VMEXIT_INVALID for an exception with "a vector that '
     'does not correspond to an exception". On a processor without the feature the vector is a '
     "reserved one and corresponds to none. That the feature counts is our reading; the sentence "
-    "names none. Bochs and QEMU check the vector of no exception but NMI's and those from 32 on, "
-    "and deliver it."
+    "names none. Bochs and QEMU refuse vector 2 and deliver this one."
 )
 _WIDTH: Final = (
     'APM, "Canonicalization and Consistency Checks": illegal if "any MBZ bit of CR3 is set". In '
@@ -55,8 +54,8 @@ _NESTED: Final = (
 )
 _MBZ: Final = (
     'APM, "Canonicalization and Consistency Checks": illegal if "any MBZ bit" of the register is '
-    "set, and the bit of a feature that CPUID does not report is one. The rule stands; QEMU's mask "
-    "of EFER and CR4 has the bit although CPUID hides the feature."
+    "set, and the bit of a feature that CPUID does not report is one. The rule stands; QEMU takes "
+    "the bit although its CPUID hides the feature."
 )
 
 SETTLED: Final[dict[str, str]] = {

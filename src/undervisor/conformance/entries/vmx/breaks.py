@@ -240,7 +240,7 @@ def _reason(rule: VmxRule, how: Break, states: VmxStates) -> str:
     """What this processor lacks that the break needs; empty where nothing is."""
     state = how.state()
     for name, words in _NEVER.items():
-        if state[name] and rule.holds({**state, name: 0}, how.capabilities):
+        if state[name]:
             return words
     lacks = [
         f"{CONTROL_WORDS[word].layout.FIELDS[name].about or name}"
@@ -260,8 +260,9 @@ def _reason(rule: VmxRule, how: Break, states: VmxStates) -> str:
 
 _NEVER: Final = {
     EntryInput.IN_SMM: "it takes a processor in SMM, which no guest can be in by itself",
-    EntryInput.TRACING: "the processor has no Intel PT that could be tracing",
+    EntryInput.TRACING: "it takes a processor that traces itself by Intel PT",
 }
+"""What the probe cannot bring about; without it the entry would break other rules, or none."""
 
 
 def _is_absent(name: int, states: VmxStates) -> bool:
