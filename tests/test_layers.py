@@ -20,6 +20,7 @@ ALLOWED = {
     "domains": {"arch", "host"},
     "lab": {"arch", "host", "domains", "guest", "targets"},
     "report": {"arch", "explain", "host", "domains", "lab"},
+    "shell": {"arch", "explain", "guest", "targets"},
     "testing": {"api", "arch", "explain", "guest", "hypervisor", "report", "targets"},
 }
 ONLY_BUILTIN_MAY = {"hypervisor", "silicon"}

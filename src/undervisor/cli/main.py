@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "test": "test",
     "quirks": "quirks",
     "run": "run",
+    "shell": "shell",
     "demo": "demo",
     "bench": "bench",
     "check": "check",
