@@ -164,19 +164,39 @@ def vmrun_sets_gif(lab: SvmLab) -> None:
     entered.run.delivers(VECTOR)
 
 
+def _gif_after(lab: SvmLab, code: ExitCode) -> None:
+    """VMRUN with GIF and IF set; an interrupt that L1 sends itself afterwards waits for STGI."""
+    count = f"{lab.block.counts + 4 * VECTOR:#x}"
+    lab.write_u32(lab.block.counts + 4 * VECTOR, 0)
+    text = f"""
+        stgi; sti; vmrun %rax; {TO_APIC} {SELF_INTERRUPT} nop; nop
+        mov {count}, %r12d; stgi; nop; nop; cli; mov {count}, %r13d
+    """
+    with lab.batch() as batch:
+        batch.vmsave(lab.places.scratch)
+        ran = batch.call(lab.assemble(text), {"rax": lab.places.control}, ["r12", "r13"])
+        run = lab.plan_reading(batch)
+    run.exits_with(code)
+    equal("deliveries before and after STGI", (ran.value["r12"], ran.value["r13"]), (0, 1))
+
+
+@guest_test("APM: #VMEXIT", "APM: Global Interrupt Flag")
+def gif_is_clear_after_an_exit(lab: SvmLab) -> None:
+    """#VMEXIT clears GIF, though it was set before VMRUN."""
+    xapic(lab)
+    lab.code("nop")
+    lab.run().ends()
+    lab.write_u64(lab.places.control + F.RIP, lab.places.code)
+    _gif_after(lab, ExitCode.VMMCALL)
+
+
 @guest_test("APM: VMRUN Instruction", "APM: #VMEXIT", "APM: Global Interrupt Flag")
 def gif_is_clear_after_a_failed_vmrun(lab: SvmLab) -> None:
     """VMEXIT_INVALID leaves GIF clear like every #VMEXIT, though it was set before VMRUN."""
     xapic(lab)
     lab.code("nop")
-    entered = enter(lab, "stgi;" + SELF_INTERRUPT, {F.GUEST_ASID: 0}, interrupts=False)
-    entered.run.is_invalid()
-    code = f"stgi; sti; mov %rax, %r15; vmrun %rax; {TO_APIC} {SELF_INTERRUPT} nop; "
-    count = f"{lab.block.counts + 4 * VECTOR:#x}"
-    code += f"mov {count}, %r12d; stgi; nop; nop; cli; mov {count}, %r13d"
-    lab.write_u32(lab.block.counts + 4 * VECTOR, 0)
-    answer = lab.call(code, {"rax": lab.places.control}, ["r12", "r13"]).value
-    equal("deliveries before and after STGI", (answer["r12"], answer["r13"]), (0, 1))
+    lab.run(None, {F.GUEST_ASID: 0}).is_invalid()
+    _gif_after(lab, ExitCode.INVALID)
 
 
 @guest_test("APM: Global Interrupt Flag", "APM: CLGI")

@@ -253,6 +253,8 @@ def the_conditional_mwait_intercept_asks_for_an_armed_monitor(lab: SvmLab) -> No
     """MWAIT_CONDITIONAL exits only while a monitor is armed; MWAIT's own comes first."""
     if not lab.l1.cpuid(1).value["rcx"] >> 3 & 1:
         raise Lacking("the processor has no MONITOR")
+    run = lab.run("xor %eax, %eax; xor %ecx, %ecx; mwait", wants=[Intercept.MWAIT_CONDITIONAL])
+    run.ends()
     arm = "mov $DATA, %eax; xor %ecx, %ecx; xor %edx, %edx; monitor; xor %eax, %eax; mwait"
     run = lab.run(arm, wants=[Intercept.MWAIT_CONDITIONAL])
     run.exits_with(ExitCode.MWAIT_CONDITIONAL)
