@@ -52,7 +52,7 @@ class LabHost(ShellHost):
     def testimony(self) -> Fact[probe.Testimony]:
         """What the processor of this level says of who is below it."""
         fact = self.execute(probe.PATH, _PROBE_SECONDS, _PROBE_LIMIT)
-        return then(fact, lambda answer: probe.testimony(answer[1].decode("ascii", "replace")))
+        return then(fact, lambda answer: probe.parse(answer[1].decode("ascii", "replace")))
 
     def interrupt(self) -> None:
         """Kill what the level's shell is doing; another shell takes its place."""

@@ -52,7 +52,7 @@ class Testimony:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def testimony(text: str) -> Testimony:
+def parse(text: str) -> Testimony:
     """What the program printed; ValueError where that is something else."""
     numbers = [int(line, 16) for line in text.split()]
     if len(numbers) != 4 * _LEAVES + 2 * SAMPLES:
