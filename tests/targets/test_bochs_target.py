@@ -10,6 +10,7 @@ from undervisor.arch.x86.boot import BootMode
 from undervisor.errors import BadInput, UndervisorError
 from undervisor.guest.asm import assemble
 from undervisor.guest.image import Image
+from undervisor.guest.probe.client import Batch
 from undervisor.targets import How, Job
 from undervisor.targets.bochs import BIOS, BochsTarget, Firmware, gathered
 
@@ -35,6 +36,23 @@ def test_every_end_of_a_guest_is_told_from_the_others(firmware, body, how, text)
         end = running.wait(20)
     assert end.how is how
     assert text in end.text
+
+
+def test_a_power_off_by_acpi_is_the_guests_own_end():
+    body = PRINT + "mov $0xb004, %dx; mov $0x2000, %ax; out %ax, %dx; 1: jmp 1b"
+    with BochsTarget("amd", Firmware.BIOS).start(job(body)) as running:
+        end = running.wait(20)
+    assert end.how is How.FINISHED
+    assert "power-off" in end.text
+
+
+def test_msrs_that_its_cpuid_promises_and_it_lacks_fault_or_read_as_zero():
+    for faults in (True, False):
+        with BochsTarget("intel", absent_msrs_fault=faults).start(probe_job()) as running:
+            batch = Batch()
+            capabilities = batch.rdmsr(0x345)
+            probe_on(running).run(batch)
+        assert (capabilities.fault is not None) == faults
 
 
 def test_a_reset_ends_the_run_and_starts_nothing_again():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import target_guests as guests
@@ -13,6 +14,7 @@ from undervisor.errors import BadInput, UndervisorError
 from undervisor.guest.asm import assemble
 from undervisor.guest.image import Image, Module
 from undervisor.targets import How, Job, qemu
+from undervisor.targets.kvm import device
 from undervisor.targets.qemu import QemuTarget
 
 pytestmark = [
@@ -120,6 +122,25 @@ def test_a_kvm_in_software_is_never_used(tmp_path, monkeypatch):
     monkeypatch.setattr(qemu, "SOFTWARE_KVM", tmp_path)
     with pytest.raises(BadInput, match="kvm_pvm"):
         QemuTarget("amd", "kvm")
+
+
+def test_a_kvm_without_nesting_is_refused(tmp_path, monkeypatch):
+    found = SimpleNamespace(vendors=())
+    monkeypatch.setattr(qemu, "SOFTWARE_KVM", tmp_path / "none")
+    monkeypatch.setattr(device, "facts", lambda kernel: found)
+    with pytest.raises(BadInput, match="neither VMX nor SVM"):
+        QemuTarget("amd", "kvm")
+
+
+def test_a_kvm_that_nests_is_used_with_the_hosts_processor(tmp_path, monkeypatch):
+    """The program that is started is none that could touch the device."""
+    found = SimpleNamespace(vendors=("vmx",))
+    monkeypatch.setattr(qemu, "SOFTWARE_KVM", tmp_path / "none")
+    monkeypatch.setattr(device, "facts", lambda kernel: found)
+    binary = guests.stand_in(tmp_path, "print(*sys.argv, flush=True); os._exit(1)")
+    with QemuTarget("intel", "kvm", binary).start(probe_job(2)) as running:
+        words = running.wait(20).report
+    assert "-accel kvm -cpu host -smp 2" in words
 
 
 def test_an_accelerator_that_is_none_is_refused():

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,9 @@ def test_nobody_pays_for_targets_that_were_not_asked_for():
         assert "unicorn" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_target_has_its_row_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
+    rows = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert set(catalogue.ROWS) <= rows

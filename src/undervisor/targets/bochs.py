@@ -178,6 +178,7 @@ _PANIC: Final = re.compile(r">>PANIC<< (.*)")
 _PANICS: Final = (
     # part of the message, how it ended, what to say
     ("shutdown requested", How.FINISHED, "ended by the guest: shutdown port or reset"),
+    ("soft power off", How.FINISHED, "ended by the guest: ACPI power-off"),
     ("exception with no resolution", How.GUEST_DIED, "triple fault"),
     ("VMABORT", How.GUEST_DIED, "VMX abort"),
 )
