@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from undervisor.conformance.catches import CATCHES
 from undervisor.conformance.document import page
 from undervisor.conformance.suite import all_tests
 from undervisor.hypervisor.quirks import CATALOGUE
@@ -23,11 +24,12 @@ def test_every_test_is_in_the_catalogue():
 
 def test_every_quirk_names_tests_that_there_are_and_words():
     known = {test.id for test in all_tests()}
-    for quirk in CATALOGUE.values():
-        assert quirk.caught_by, quirk.name
-        for test, words in quirk.caught_by:
-            assert test in known, f"{quirk.name}: {test}"
-            assert words, f"{quirk.name}: {test}"
+    assert set(CATCHES) == set(CATALOGUE)
+    for quirk, catches in CATCHES.items():
+        assert catches, quirk
+        for catch in catches:
+            assert catch.test in known, quirk
+            assert catch.words, quirk
 
 
 def test_the_methods_of_the_guide_exist():

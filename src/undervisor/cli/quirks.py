@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -27,6 +27,7 @@ def quirks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the ways in which the built-in L0 can be made wrong (`--quirk NAME` of other verbs)."""
+    from undervisor.conformance.catches import CATCHES
     from undervisor.hypervisor.quirks import CATALOGUE
 
     if as_json:
@@ -37,15 +38,17 @@ def quirks(
         put(out, quirk.name, style="bold")
         put(out, quirk.about, indent=4)
         put(out, f"seen: {quirk.source}", indent=4, style="dim")
-        put(out, f"caught by {', '.join(test for test, _ in quirk.caught_by)}", indent=4)
+        put(out, f"caught by {', '.join(c.test for c in CATCHES[quirk.name])}", indent=4)
 
 
 def _quirk_data(quirk: Quirk) -> dict[str, object]:
+    from undervisor.conformance.catches import CATCHES
+
     return {
         "name": quirk.name,
         "about": quirk.about,
         "source": quirk.source,
-        "caught_by": [{"test": test, "words": words} for test, words in quirk.caught_by],
+        "caught_by": [asdict(catch) for catch in CATCHES[quirk.name]],
     }
 
 
@@ -54,7 +57,8 @@ def _quirk_data(quirk: Quirk) -> dict[str, object]:
 
 def prove_quirks(names: Sequence[str], jobs: int, *, as_json: bool) -> bool:
     """Run each quirk's own tests under it; whether each was caught for the right reason."""
-    from undervisor.conformance.proof import Catch, catch
+    from undervisor.conformance.catches import CATCHES
+    from undervisor.conformance.proof import catch
     from undervisor.hypervisor.quirks import CATALOGUE, named
     from undervisor.targets.builtin import BuiltinTarget
 
@@ -65,7 +69,7 @@ def prove_quirks(names: Sequence[str], jobs: int, *, as_json: bool) -> bool:
             step(quirk.name)
             rows: list[Caught] = []
             for vendor, cpu in CPUS.items():
-                mine = [Catch(t, w) for t, w in quirk.caught_by if t.startswith(vendor)]
+                mine = [c for c in CATCHES[quirk.name] if c.test.startswith(vendor)]
                 if mine:
                     rows += catch(BuiltinTarget(cpu, [quirk.name]), mine, jobs)
             found.append((quirk, rows))

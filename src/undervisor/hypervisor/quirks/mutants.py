@@ -99,7 +99,7 @@ def mutant(name: str) -> Quirk:
     def apply(machine: Machine) -> None:
         found.change()
 
-    return Quirk(name, found.where, "a random change", (), apply)
+    return Quirk(name, found.where, "a random change", apply)
 
 
 def sample(count: int, seed: int = 0) -> list[Mutant]:

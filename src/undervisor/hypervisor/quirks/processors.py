@@ -28,7 +28,6 @@ QUIRKS: Final = (
         "ap-starts-at-garbage",
         "a processor starts at another address than the startup IPI's vector names",
         "KVM with more than two processors: application processors launched at an invalid address",
-        (),
         _start_elsewhere,
     ),
 )

@@ -33,15 +33,13 @@ def no_step(machine: Machine) -> None:
 class Quirk:
     """A way of being wrong.
 
-    `about` says what the L0 does and must not; `source` where that was seen; `caught_by` are the
-    guest tests that must fail under it, each with words that its message must hold.  `model`
-    changes what the processors are, `apply` replaces steps of a machine that is ready to boot.
+    `about` says what the L0 does and must not; `source` where that was seen.  `model` changes what
+    the processors are, `apply` replaces steps of a machine that is ready to boot.
     """
 
     name: str
     about: str
     source: str
-    caught_by: tuple[tuple[str, str], ...]
     apply: Callable[[Machine], None] = no_step
     model: Callable[[CpuModel], CpuModel] = no_change
 

@@ -115,7 +115,7 @@ def _select(machine: Machine, change: Step) -> None:
 
 
 def _low_bits_of_ncr3(shadows: Any, n_cr3: int, asid: int, control: int) -> tuple[int, ...]:
-    return (n_cr3 & ~0xFFF) + (0x1000 if n_cr3 & 0xFFF else 0), asid, control
+    return n_cr3 + (0x20 if n_cr3 & 0x1F else 0), asid, control
 
 
 def _never_flush(shadows: Any, n_cr3: int, asid: int, control: int) -> tuple[int, ...]:
@@ -279,52 +279,42 @@ QUIRKS: Final = (
         "svm-init-redirection-ignored",
         "with VM_CR.R_INIT an INIT resets the processor instead of raising #SX",
         "KVM: R_INIT is ignored, so that a hypervisor never sees its guest's INIT",
-        (),
         _ignore_init_redirection,
     ),
     Quirk(
         "svm-npt-1g-hangs",
         "an L2 that touches a page of 1 GiB of L1's nested tables never goes on",
         "KVM: identity maps of 1-GiB nested pages hang the guest",
-        (),
         _hang_on_1g,
     ),
     Quirk(
         "svm-vmmcall-answered-by-l0",
         "VMMCALL of L2 that L1 does not intercept is taken for a hypercall instead of #UD",
         "CVE-2026-46076",
-        (("svm.instructions.vmmcall_in_l2_without_its_intercept_is_undefined", ""),),
         _answer_hypercalls,
     ),
     Quirk(
         "svm-vmload-not-intercepted",
         "VMLOAD and VMSAVE of L2 run although L1 intercepts them",
         "CVE-2021-3656",
-        (("svm.instructions.l2s_instructions_exit_with_their_intercepts", ""),),
         lambda machine: _not_intercepted(machine, ExitCode.VMLOAD, ExitCode.VMSAVE),
     ),
     Quirk(
         "svm-interrupt-masking-ignored",
         "V_INTR_MASKING has no effect: L2's flag decides on physical interrupts",
         "CVE-2021-3653: bits of int_ctl that L0 does not treat as its own",
-        (("svm.events.the_interrupt_flag_that_masking_names_decides", ""),),
         lambda machine: _controls(machine, _mask_nothing),
     ),
     Quirk(
         "svm-vmcb-read-twice",
         "the VMCB may change between VMRUN's checks and its use",
         "CVE-2021-29657",
-        (("svm.state_caching.a_checked_vmcb_is_the_one_that_is_used", ""),),
         _read_twice,
     ),
     Quirk(
         "svm-control-registers-unchecked",
         "VMRUN does not check CR0, CR3, CR4 and EFER",
         "missing consistency checks of vmcb12",
-        (
-            ("svm.entry.cr0_nw_without_cd_is_illegal", ""),
-            ("svm.entry.a_reserved_bit_of_cr4_is_illegal", ""),
-        ),
         lambda machine: _without_rules(
             machine, "svm.cr0.", "svm.cr3.", "svm.cr4.", "svm.efer.", "svm.long_mode."
         ),
@@ -333,105 +323,90 @@ QUIRKS: Final = (
         "svm-event-injection-unchecked",
         "VMRUN accepts an illegal event in EVENTINJ",
         "missing consistency checks of vmcb12",
-        (("svm.controls.an_injected_event_of_a_reserved_type_is_illegal", ""),),
         lambda machine: _without_rules(machine, "svm.eventinj."),
     ),
     Quirk(
         "svm-ncr3-low-bits-used",
-        "bits 11:0 of nCR3 move the root of the nested tables",
+        "bits 4:0 of nCR3 count where a host with PAE paging has its nested tables",
         "CVE-2024-50115",
-        (),
         lambda machine: _select(machine, _low_bits_of_ncr3),
     ),
     Quirk(
         "svm-nothing-flushed",
         "changed nested tables hold their old translations whatever L1 flushes",
         "no flush between L1 and L2",
-        (),
         lambda machine: _select(machine, _never_flush),
     ),
     Quirk(
         "svm-shutdown-not-intercepted",
         "a triple fault of L2 ends L1 although L1 intercepts the shutdown",
         "CVE-2022-3344",
-        (("svm.exits.a_shutdown_exits_by_its_intercept", ""),),
         lambda machine: _not_intercepted(machine, ExitCode.SHUTDOWN),
     ),
     Quirk(
         "svm-interrupt-shadow-lost",
         "the interrupt shadow is not saved at #VMEXIT",
         "CVE-2026-45987",
-        (("svm.state.an_interrupt_shadow_is_saved", ""),),
         lambda machine: _after_saving(machine, _lose_shadow),
     ),
     Quirk(
         "svm-clean-bits-written",
         "#VMEXIT clears the LBR clean bit in L1's VMCB",
         "CVE-2026-46071",
-        (("svm.state_caching.an_exit_does_not_change_the_clean_bits", ""),),
         lambda machine: _after_saving(machine, _touch_clean_bits),
     ),
     Quirk(
         "svm-cpl-not-saved",
         "the CPL field holds 0 after every #VMEXIT",
         "state that is restored at another privilege level",
-        (("svm.state.an_exit_saves_what_l2_changed", ""),),
         lambda machine: _after_saving(machine, _lose_cpl),
     ),
     Quirk(
         "svm-tsc-offset-ignored",
         "L2's RDTSC is L1's, whatever TSC_OFFSET",
         "TSC offset and scaling of nested guests, wrong in several releases of KVM",
-        (),
         lambda machine: _controls(machine, _lose_tsc_offset),
     ),
     Quirk(
         "svm-iopm-first-port-only",
         "of an access to several ports only the first is looked up in the I/O permission map",
         "CVE-2020-2732 in its SVM form",
-        (("svm.exits_io.an_access_exits_when_any_of_its_ports_is_in_the_map", ""),),
         _first_port_only,
     ),
     Quirk(
         "svm-msrpm-reads-for-writes",
         "WRMSR of L2 exits by the permission bit for reads",
         "MSR accesses of L2 that L1 intercepts and that do not exit",
-        (("svm.exits_msr.an_msr_in_the_map_exits", ""),),
         _reads_for_writes,
     ),
     Quirk(
         "svm-nested-fault-without-stage",
         "EXITINFO1 of a nested page fault has neither bit 32 nor bit 33",
         "the emulation that Undervisor runs on loses both bits",
-        (),
         lambda machine: _page_fault(machine, lambda a, b: (a & ~_FINAL_OR_TABLE, b)),
     ),
     Quirk(
         "svm-nested-fault-page-address",
         "EXITINFO2 of a nested page fault has no offset in its page",
         "device models of L1 that answer for the wrong register",
-        (),
         lambda machine: _page_fault(machine, lambda a, b: (a, b & ~0xFFF)),
     ),
     Quirk(
         "svm-exitintinfo-lost",
         "a #VMEXIT during the delivery of an event does not say which event",
         "interrupts of L2 that vanish when their delivery faults",
-        (("svm.events_injection.l2s_own_events_are_named_when_their_delivery_exits", ""),),
         _lose_event,
     ),
     Quirk(
         "svm-clgi-ignored",
         "CLGI does not hold events off",
         "interrupts in the window between VMRUN's preparation and VMRUN",
-        (("svm.events.clear_gif_holds_interrupts_and_nmis", ""),),
         _ignore_clgi,
     ),
     Quirk(
         "svm-virtual-interrupt-priority-ignored",
         "a virtual interrupt is taken whatever V_TPR says",
         "V_INTR_PRIO against V_TPR, which emulators forget",
-        (("svm.events_virtual.a_virtual_interrupt_needs_if_and_priority", ""),),
         _ignore_priority,
     ),
 )
