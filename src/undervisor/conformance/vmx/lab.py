@@ -83,14 +83,15 @@ class VmxLab(Lab):
         self._resident: tuple[tuple[int, int], ...] = ()  # `fields` as they are in memory
         self._usual_there = False
 
-    def on(self) -> None:
-        """Enter VMX operation, make a VMCS current, and lay out an L2."""
+    def on(self, like: VmxLab | None = None) -> None:
+        """Enter VMX operation, make a VMCS current, and lay out an L2.
+
+        `like`: the lab of another processor, which has the same fields.
+        """
         places = self.places
         self.facts = vmx_on(self._runner, places.region, places.control)
         self.surround()
-        with self.batch() as batch:
-            found = batch.vmreads(F, places.scratch)
-        self.known = frozenset(f for f in F if found.value[f] is not None)
+        self.known = like.known if like else self._find_fields()
         begin = l2_fields(self.facts, places.code, places.stack, self.processor)
         fields = dict[int, int](begin.items())
         fields |= dict.fromkeys(ZERO, 0)
@@ -108,6 +109,11 @@ class VmxLab(Lab):
         }
         fields |= dict.fromkeys((F.GUEST_ES_SELECTOR, F.GUEST_SS_SELECTOR, F.GUEST_DS_SELECTOR), DS)
         self.fields = {f: v for f, v in fields.items() if f in self.known}
+
+    def _find_fields(self) -> frozenset[F]:
+        with self.batch() as batch:
+            found = batch.vmreads(F, self.places.scratch)
+        return frozenset(f for f in F if found.value[f] is not None)
 
     # -- what the processor can do -------------------------------------------------------------
 
