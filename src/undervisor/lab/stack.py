@@ -113,16 +113,16 @@ class Lab:
 
     # -- starting ------------------------------------------------------------------------------
 
-    def start(self) -> Lab:
-        """Build and start every level, the outermost first."""
+    def start(self, levels: int = 0) -> Lab:
+        """Build all and start the levels, the outermost first; with `levels` no more than these."""
         try:
-            self._start()
+            self._start(levels or self.depth)
         except BaseException:
             self.close()
             raise
         return self
 
-    def _start(self) -> None:
+    def _start(self, levels: int) -> None:
         self.accelerator = machines.accelerator(self.plan)
         qemu = vmm.host_qemu()
         with self._step("images"):
@@ -133,7 +133,7 @@ class Lab:
         with self._step("L1"), self.progress.working(f"starting L1 ({self.accelerator})"):
             self._start_keeper(self._place, command)
             self._wait_for(1)
-        for number in self.plan.levels[1:]:
+        for number in self.plan.levels[1:levels]:
             working = self.progress.working(f"starting L{number} under the KVM of L{number - 1}")
             with self._step(f"L{number}"), working:
                 self._start_inner(number)

@@ -159,6 +159,7 @@ class BridgeRunning:
                 self._link.send(say(Word.STOP, self._number))
                 self.wait(STOP_TIME)
             except (EOFError, TimedOut):
+                self._link.alive = False
                 self._gone("its agent does not answer")
 
     # -- what only this target can be asked ------------------------------------------------------

@@ -49,6 +49,12 @@ ROWS: Final[dict[str, Row]] = {
         "KvmTarget",
         ("host",),
     ),
+    "lab": Row(
+        "the KVM of a Linux L1 that is started for it",
+        "undervisor.lab.target",
+        "LabTarget",
+        ("host",),
+    ),
 }
 
 

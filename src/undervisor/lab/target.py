@@ -1,0 +1,74 @@
+"""The KVM of a lab's L1 as a target: a real kvm_amd or kvm_intel runs the probe and its L2.
+
+L1 is started when the first machine is, and again where it has died; it ends with this process.
+The tests run here: in L1 there is only the agent of the `kvm` target.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from typing import Final
+
+from undervisor.errors import BadInput
+from undervisor.lab import ports
+from undervisor.lab.plan import Plan
+from undervisor.lab.stack import Lab
+from undervisor.targets import Abilities, Job
+from undervisor.targets.bridge import BridgeRunning, BridgeTarget
+from undervisor.targets.kvm.target import HOST, SocketStream
+
+PATIENCE: Final = 15.0
+"""Times the built-in L0's: KVM itself is emulated where the host has no nesting."""
+AGENT: Final = (
+    f"setsid python3 -m undervisor.targets.kvm.agent /lab/ports/{ports.port(ports.AGENT, 1)} "
+    ">/tmp/agent.log 2>&1 </dev/null & echo started"
+)
+"""The shell command that starts the agent in L1."""
+
+
+def _lab() -> Lab:
+    # One processor: QEMU 7.2 loses the processors of an SMP L1 that runs guests under TCG.
+    return Lab(plan=Plan(python=True, cpus=1))
+
+
+class LabTarget:
+    """A Linux L1 with KVM, started when it is needed."""
+
+    name = "lab"
+
+    def __init__(self, cpu: str = HOST, make: Callable[[], Lab] = _lab) -> None:
+        if cpu != HOST:
+            raise BadInput(
+                f"the target lab has no CPU model {cpu!r}",
+                hint="its processors are L1's: --cpu host",
+            )
+        self._make = make
+        self._lab: Lab | None = None
+        self._bridge: BridgeTarget | None = None
+        atexit.register(self.close)
+
+    @property
+    def abilities(self) -> Abilities:
+        """What L1's KVM can do; BadInput where L1 has none."""
+        return self._up().abilities
+
+    def start(self, job: Job) -> BridgeRunning:
+        """Start an image on L1's KVM, in a new L1 where the old one has died."""
+        return self._up().start(job)
+
+    def close(self) -> None:
+        """End L1."""
+        lab, self._lab, self._bridge = self._lab, None, None
+        if lab is not None:
+            lab.close()
+
+    def _up(self) -> BridgeTarget:
+        if self._bridge is None or not self._bridge.alive:
+            self.close()
+            self._lab = self._make()
+            self._lab.start(levels=1)
+            self._lab.level(1).run(AGENT)
+            stream = SocketStream(self._lab.stream(ports.AGENT))
+            self._bridge = BridgeTarget(stream, self.name, patience=PATIENCE)
+        return self._bridge
