@@ -82,15 +82,10 @@ class Console(code.InteractiveConsole):
         error = sys.exc_info()[1]
         if isinstance(error, UndervisorError):
             self.write(error_words(error) + "\n")
+        elif isinstance(error, KeyboardInterrupt):
+            self.write(f"\n{_INTERRUPTED}\n")
         else:
             super().showtraceback()
-
-    def runcode(self, code: Any) -> None:
-        """One statement; Ctrl-C ends it."""
-        try:
-            super().runcode(code)
-        except KeyboardInterrupt:
-            self.write(f"\n{_INTERRUPTED}\n")
 
 
 def interact(names: dict[str, Any], banner: str) -> None:
