@@ -53,16 +53,17 @@ class Lab:
 
     def execute(self, batch: Batch) -> None:
         """Run `batch` on this processor, after the writes that wait."""
-        self.flush()
-        self._runner.run(batch)
+        waiting, self._waiting = self._waiting, Batch()
+        both = Batch()
+        both.requests = waiting.requests + batch.requests
+        self._runner.run(both)
+        for request in waiting.requests:
+            _ = request.answer.value
 
     def flush(self) -> None:
         """Make all writes that wait."""
         if self._waiting.requests:
-            waiting, self._waiting = self._waiting, Batch()
-            self._runner.run(waiting)
-            for request in waiting.requests:
-                _ = request.answer.value
+            self.execute(Batch())
 
     def call(
         self,
