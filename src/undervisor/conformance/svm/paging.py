@@ -51,7 +51,9 @@ def l2_works_under_nested_pages_of_a_size(lab: SvmLab, shift: int) -> None:
     _works(lab, shift)
 
 
-@guest_test("APM: Nested Paging", "APM: 1-Gbyte Page Translation", needs=[NPT, page1gb()])
+@guest_test(
+    "APM: Nested Paging", "APM: 1-Gbyte Page Translation", needs=[NPT, page1gb()], seconds=5
+)
 def l2_works_under_nested_pages_of_1_gib(lab: SvmLab) -> None:
     """An L2 does real work under an identity map of 1-GiB nested pages."""
     _works(lab, 30)
