@@ -45,7 +45,7 @@ def _device_msrs(path: str) -> dict[int, int]:
                 msrs[index] = int.from_bytes(raw, "little")
     finally:
         os.close(number)
-    if VmxMsr.IA32_VMX_BASIC not in msrs:
+    if not msrs.get(VmxMsr.IA32_VMX_BASIC):  # emulators without VMX read its MSRs as zeros
         return {}
     return msrs
 

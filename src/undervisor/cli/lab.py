@@ -128,7 +128,8 @@ def sh(
     with found:
         answer = found.level(number).run(command, timeout)
     sys.stdout.write(answer.stdout)
-    sys.stderr.write(answer.stderr)
+    if answer.stderr:  # the shell there takes the last newline off
+        print(answer.stderr, file=sys.stderr)
     raise typer.Exit(answer.status)
 
 

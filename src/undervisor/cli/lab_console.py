@@ -61,7 +61,7 @@ def _raw() -> Iterator[None]:
         return
     before = termios.tcgetattr(STDIN)
     try:
-        tty.setraw(STDIN)
+        tty.setraw(STDIN, termios.TCSADRAIN)  # keys that were typed ahead are not lost
         yield
     finally:
         termios.tcsetattr(STDIN, termios.TCSADRAIN, before)
