@@ -27,7 +27,7 @@ from undervisor.conformance.vmx.lab import EPT_LARGE, VmxLab
 from undervisor.conformance.vmx.needs import EPT
 
 
-@guest_test("SDM: EPT Translation Mechanism", cases=SIZES, needs=[EPT])
+@guest_test("SDM: EPT Translation Mechanism", cases=SIZES, needs=[EPT], seconds=8)
 def an_l2_works_on_identity_maps(lab: VmxLab, shift: int) -> None:
     """On an identity map of pages of each size an L2 reads, writes, calls and takes exceptions.
 

@@ -168,7 +168,7 @@ def a_dirty_flag_that_is_set_is_logged(lab: VmxLab) -> None:
 # -- 1-GiB pages at work ---------------------------------------------------------------------------
 
 
-@guest_test("SDM: EPT Translation Mechanism", needs=[EPT, ept("page_1g")])
+@guest_test("SDM: EPT Translation Mechanism", needs=[EPT, ept("page_1g")], seconds=8)
 def an_l2_with_its_own_tables_runs_on_1_gib_pages(lab: VmxLab) -> None:
     """On 1-GiB pages an L2 switches tables, flushes, faults and goes on: real work, not one access.
 
