@@ -79,7 +79,7 @@ def sti_in_l2_opens_the_window(lab: SvmLab) -> None:
          entered.run.rip - lab.places.code in (2, 3), entered.run.rip)  # fmt: skip
 
 
-@guest_test("APM: INTR Intercept")
+@guest_test("APM: INTR Intercept", seconds=5)
 def an_interrupt_stops_a_busy_l2(lab: SvmLab) -> None:
     """An interrupt that arrives while L2 computes exits, and L1 takes it when it sets GIF."""
     xapic(lab)
@@ -89,7 +89,7 @@ def an_interrupt_stops_a_busy_l2(lab: SvmLab) -> None:
     equal("deliveries before and after STGI", (entered.held, entered.taken), (0, 1))
 
 
-@guest_test("APM: INTR Intercept", "APM: HLT Intercept")
+@guest_test("APM: INTR Intercept", "APM: HLT Intercept", seconds=5)
 def an_interrupt_ends_l2s_halt(lab: SvmLab) -> None:
     """An L2 that halts, HLT not intercepted, is woken by an interrupt: the exit is behind HLT."""
     xapic(lab)
@@ -99,7 +99,7 @@ def an_interrupt_ends_l2s_halt(lab: SvmLab) -> None:
     equal("RIP behind HLT", entered.run.rip, lab.places.code + 1)
 
 
-@guest_test("APM: HLT Intercept", "APM: INTR Intercept")
+@guest_test("APM: HLT Intercept", "APM: INTR Intercept", seconds=5)
 def an_interrupt_that_is_l2s_ends_its_halt(lab: SvmLab) -> None:
     """HLT in L2, neither HLT nor INTR intercepted, waits for the interrupt and goes on in L2."""
     xapic(lab)

@@ -45,20 +45,19 @@ EVENTS: Final = {
 def an_injected_event_is_delivered_first(lab: SvmLab, name: str) -> None:
     """An injected event enters its handler before L2's first instruction, IF being 0 or not.
 
-    Its frame is right, no intercept of its vector makes it exit, and CR2 is left alone.
+    Its frame is right, and no intercept of its vector makes it exit.
     """
     vector, kind, error = EVENTS[name]
     lab.write_u32(lab.places.data, 0)
     wants = [Intercept.INTR, Intercept.NMI, Intercept.VINTR, Intercept.INTN]
     if vector < 32 and vector != 2:
         wants.append(Intercept(Intercept.EXCP_DE + vector))
-    changes = {F.EVENTINJ: inject(vector, kind, error), F.CR2: 0xABC000, F.RFLAGS: 0x46}
+    changes = {F.EVENTINJ: inject(vector, kind, error), F.RFLAGS: 0x46}
     run = lab.run("movl $1, DATA", changes, wants=wants)
     run.delivers(vector)
     equal("what L2's first instruction would have written", lab.read_u32(lab.places.data), 0)
     equal("EVENTINJ.V and EXITINTINFO.V", (run[F.EVENTINJ] >> 31 & 1, run[F.EXITINTINFO] >> 31 & 1),
           (0, 0))  # fmt: skip
-    equal("CR2", run[F.CR2], 0xABC000)
     frame = [lab.read_u64(run[F.RSP] + 8 * n) for n in range(6)]
     if error is not None:
         equal("the error code on the stack", frame.pop(0), error)
@@ -66,6 +65,16 @@ def an_injected_event_is_delivered_first(lab: SvmLab, name: str) -> None:
         equal("the RIP on the stack", frame[0], lab.places.code)
     equal("CS and RSP on the stack", (frame[1], frame[3]), (lab.vmcb.cs_selector, lab.vmcb.rsp))
     equal("RFLAGS on the stack", frame[2] & ~0x10000, 0x46)
+
+
+@guest_test("APM: Event Injection", "APM: #PF (Page Fault)")
+def an_injected_page_fault_brings_the_cr2_of_the_vmcb(lab: SvmLab) -> None:
+    """Injecting #PF does not set CR2: L2's handler finds what L1 wrote into the VMCB."""
+    lab.write(lab.stub(Vector.PF), lab.assemble("mov %cr2, %rbx; vmmcall"))
+    run = lab.run("nop", {F.EVENTINJ: inject(14, EXCEPTION, 2), F.CR2: 0xABC000})
+    run.exits_with(ExitCode.VMMCALL)
+    equal("CR2 as the handler reads it", run.registers["rbx"], 0xABC000)
+    equal("CR2 in the VMCB", run[F.CR2], 0xABC000)
 
 
 @guest_test("APM: Event Injection", "APM: State Saved on Exit", needs=[feature("nrips")])

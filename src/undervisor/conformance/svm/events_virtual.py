@@ -103,7 +103,7 @@ def lowering_cr8_lets_a_virtual_interrupt_in(lab: SvmLab) -> None:
     equal("V_TPR after the exit", run[F.V_INTR_CONTROL] & 0xFF, 7)
 
 
-@guest_test("APM: Virtual Interrupts", "APM: HLT Intercept")
+@guest_test("APM: Virtual Interrupts", "APM: HLT Intercept", seconds=5)
 def a_virtual_interrupt_ends_l2s_halt(lab: SvmLab) -> None:
     """A virtual interrupt that can be taken ends a HLT that is not intercepted."""
     changes = pending(8, rflags=2)
