@@ -23,7 +23,7 @@ from undervisor.lab.sources import Sources
 FORMAT: Final = "2"
 """Changes with what this module writes, so that an older image is not taken for a new one."""
 MODULES: Final = ("kvm-amd", "kvm-intel", "cpuid", "msr", "virtio_pci", "virtio_mmio",
-                  "virtio_console")  # fmt: skip
+                  "virtio_console", "virtio_blk")  # fmt: skip
 _FOLDERS: Final = ("dev", "lab", "proc", "root", "run", "sys", "tmp")
 _INIT: Final = "init.sh"
 

@@ -22,6 +22,7 @@ EMULATED_CPU: Final = "EPYC,+svm,-xsave"
 """The nearest to hardware that TCG emulates with SVM.  Its XSAVE has a size that makes the kernel
 of L2 complain, so it has none."""
 _MOST_PORTS: Final = 31
+_DISK: Final = "/dev/vda"
 
 # No RTC costs Linux three seconds of polling; ACPI is how a kernel without CONFIG_VIRTIO_MMIO_
 # CMDLINE_DEVICES finds the devices of a microvm.
@@ -47,6 +48,8 @@ def outer(plan: Plan, images: Images, qemu: Path, accelerated: str) -> list[str]
     for name in of_lab(plan.depth):
         words += ["-chardev", f"socket,id={name},path={stream(name)},server=on,wait=off"]
     words += ["-serial", f"chardev:{port(CONSOLE, 1)}"]
+    if plan.disk:
+        words += _disk(plan.disk.resolve(), "pci")
     return [*words, "-device", f"virtio-serial-pci,max_ports={_MOST_PORTS}", *_ports(plan, 1)]
 
 
@@ -60,6 +63,8 @@ def inner(plan: Plan, level: int) -> str:
     for name in (console, *carried(level, plan.depth)):
         words += ["-chardev", f"pipe,id={name},path=/lab/ports/{name}"]
     words += ["-serial", f"chardev:{console}"]
+    if plan.disk:
+        words += _disk(_DISK, "device")
     words += ["-device", f"virtio-serial-device,max_ports={_MOST_PORTS}", *_ports(plan, level)]
     return shlex.join(words)
 
@@ -72,6 +77,13 @@ def stream(name: str) -> str:
 def _common(plan: Plan, level: int) -> list[str]:
     words = ["-smp", str(plan.cpus), "-m", str(plan.memory(level))]
     return [*words, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+
+
+def _disk(path: Path | str, kind: str) -> list[str]:
+    """A disk whose reads and writes pass by the page cache outside."""
+    name = str(path).replace(",", ",,")
+    drive = f"if=none,id=disk,format=raw,cache=none,file={name}"
+    return ["-drive", drive, "-device", f"virtio-blk-{kind},drive=disk"]
 
 
 def _command_line(plan: Plan, level: int) -> str:

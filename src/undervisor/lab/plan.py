@@ -17,7 +17,10 @@ _MIB_FOR_PYTHON: Final = 384
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A lab; paths that are None are found or downloaded."""
+    """A lab; paths that are None are found or downloaded.
+
+    `disk` is a raw image that L1 has as /dev/vda, and each level inside it too: it is one disk.
+    """
 
     depth: int = 2
     cpus: int = 1
@@ -27,6 +30,7 @@ class Plan:
     modules: Path | None = None
     busybox: Path | None = None
     initramfs: Path | None = None
+    disk: Path | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.depth <= DEEPEST:
@@ -35,7 +39,7 @@ class Plan:
             raise BadInput(f"{self.cpus} processors", hint=f"1 to {MOST_CPUS} are possible")
         if self.accelerator not in ("", "kvm", "tcg"):
             raise BadInput(f"{self.accelerator!r} is no accelerator", hint="kvm or tcg")
-        for name in ("kernel", "busybox", "initramfs"):
+        for name in ("kernel", "busybox", "initramfs", "disk"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise BadInput(f"{path}: no such file, for --{name}")
