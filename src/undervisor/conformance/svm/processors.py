@@ -23,7 +23,7 @@ INIT, STARTUP = 0x4500, 0x4600
 """Interrupt commands: INIT (assert) and STARTUP, whose low byte is the vector."""
 NOTHING_YET: Final = 0x7777
 TURNS: Final = 4
-LONG, SHORT = 200000, 20000
+LONG, SHORT = 20000, 5000
 """Rounds to wait at most for what must happen, and for what must not."""
 PAGES: Final = (0x0B, 0x10, 0x2C, 0x55, 0x7F)
 """Startup vectors whose pages of low memory nothing else uses."""
@@ -131,7 +131,7 @@ def _wait(rounds: int) -> str:
 
 def _until(address: str, value: str) -> str:
     """Wait until the word at an address has a value, for a while."""
-    return f"mov ${LONG}, %ecx; 1: cmpw {value}, {address}; je 2f; pause; loop 1b; 2:"
+    return f"mov ${LONG}, %ecx; 1: cmpw {value}, {address}; je 2f; in $0x80, %al; loop 1b; 2:"
 
 
 # -- INIT --------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def init_while_l2_runs(
     first.send_ipi(1, INIT)
     exitcode = f"{other.places.control + F.EXITCODE:#x}"
     rounds = LONG if wants or vm_cr else SHORT
-    wait = f"mov ${rounds}, %ecx; 1: cmpq ${NOTHING_YET}, {exitcode}; jne 2f; pause; loop 1b; 2:"
+    wait = f"mov ${rounds}, %ecx; 1: cmpq ${NOTHING_YET}, {exitcode}; jne 2f; in $0x80, %al; loop 1b; 2:"
     first.call(lab.assemble(wait), {}, [])
     run = other.plan_reading(first)
     collected = first.collect(1, running, 1000)
