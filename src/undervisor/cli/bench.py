@@ -1,4 +1,7 @@
-"""`undervisor bench`: what nesting costs here, as ratios measured in one run."""
+"""`undervisor bench`: what nesting costs here, as ratios measured in one run.
+
+With `--levels` it is what nesting costs a guest, at every level of a stack: see `bench_levels`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Final
 
@@ -15,7 +19,7 @@ import typer
 
 from undervisor.cli.check import JsonOption
 from undervisor.cli.child import run_in_child
-from undervisor.errors import ExitCode
+from undervisor.errors import BadInput, ExitCode
 
 MIB: Final = 1 << 20
 
@@ -53,17 +57,42 @@ FULL: Final = Effort(2_000, 2_000_000, 100_000, 7, 10_000, 5, 7, 1.0)
 
 
 def bench(
+    hosts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[LEVEL]...",
+            help="With --levels, the outermost first: here, user@name, lab:l1, guest:NAME; "
+            "l1=user@name where the first is not L0. By default this machine and a new lab.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
     long: Annotated[
         bool, typer.Option("--long", help="Also a million round trips of each vendor.")
     ] = False,
+    levels: Annotated[
+        bool, typer.Option("--levels", help="Measure L0, L1 and L2 and compare them.")
+    ] = False,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option("--picture", help="With --levels: also write FILE.svg or FILE.html."),
+    ] = None,
 ) -> None:
     """Measure what nesting costs on this machine.
 
     Round trips are measured against raw exits of the silicon, loops in L2 against the same loops
     on the silicon, both in the same run. Exit code 0: all limits hold. 1: one is missed.
+
+    With --levels: processor, memory, kernel, network, disk and exits at each level of a stack, as
+    ratios, against the budget of 10-30 % for nesting. Under emulation none is judged.
     """
+    if levels:
+        from undervisor.cli.bench_levels import measure_levels
+
+        code = measure_levels(hosts or (), quick=quick, as_json=as_json, pictures=pictures or ())
+        raise typer.Exit(code)
+    if hosts or pictures:
+        raise BadInput("levels and pictures are for --levels", hint="undervisor bench --levels")
     effort = QUICK if quick else FULL
     raise typer.Exit(run_in_child(lambda: _run(effort, as_json=as_json, long=long)))
 

@@ -63,7 +63,7 @@ def run(
     from undervisor.lab.stack import Lab
 
     plan = Plan(depth, smp, with_python, accel, kernel, modules, busybox, initramfs)
-    with _progress() as progress, Lab(plan=plan, progress=progress) as made:
+    with drawn_progress() as progress, Lab(plan=plan, progress=progress) as made:
         said = _prove(made, progress)
     raise typer.Exit(_tell(said, as_json))
 
@@ -86,7 +86,7 @@ def up(
     from undervisor.lab.stack import Lab
 
     plan = Plan(depth, smp, with_python, accel, kernel, modules, busybox, initramfs)
-    with _progress() as progress:
+    with drawn_progress() as progress:
         made = Lab(name=name, plan=plan, progress=progress).start()
         try:
             said = _prove(made, progress)
@@ -198,7 +198,7 @@ def _tell(said: dict[str, Any], as_json: bool) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def drawn_progress() -> Iterator[Progress]:
     """Drawn on stderr, where that is a terminal."""
     from undervisor.cli.lab_view import Drawn
     from undervisor.lab.progress import SILENT

@@ -78,6 +78,11 @@ class Comparison:
         return _pairs(list(self.levels))
 
     @property
+    def judged(self) -> bool:
+        """Whether any ratio is held to the budget."""
+        return any(r.verdict is not Verdict.NONE for row in self.rows for r in row.ratios)
+
+    @property
     def over(self) -> bool:
         """Whether anything is over the budget."""
         return any(r.verdict is Verdict.OVER for row in self.rows for r in row.ratios)
@@ -157,7 +162,7 @@ def _notes(made: Comparison) -> list[str]:
             f"{made.emulated}: the ratios are of an emulation. They say nothing about hardware, "
             f"and none is judged against the budget of {low}-{high} %."
         )
-    else:
+    if made.judged:
         notes.append(
             f"The budget is {low}-{high} % of a nested guest over a guest; a ratio is within it or "
             "over it where its whole interval is."

@@ -44,8 +44,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 def coverage(count: int, cut: int) -> float:
     """The probability that a median is between the values that are left of `count` sorted ones,
     when `cut` are left out at each end."""
-    outside = sum(comb(count, heads) for heads in range(cut + 1)) / 2**count
-    return max(1 - 2 * outside, 0.0)
+    outside: float = sum(comb(count, heads) for heads in range(cut + 1)) / (1 << count)
+    return max(1.0 - 2.0 * outside, 0.0)
 
 
 def ratios(ones: Sequence[float], others: Sequence[float]) -> Estimate:

@@ -39,29 +39,34 @@ def _three(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-_GB: Final = BLOCK / 1e9
+_TITLES: Final = {
+    "cpu": "integer arithmetic, one step",
+    "exit": "an instruction that exits: CPUID",
+    "syscall": "system call: getppid",
+    "switch": "context switches: a byte through pipes and back",
+    "process": "fork, exit, wait",
+    "fault": "page fault: a new page of 4 KiB",
+    "latency-32k": "memory latency, 32 KiB",
+    "latency-1m": "memory latency, 1 MiB",
+    "latency-32m": "memory latency, 32 MiB",
+    "read": "memory bandwidth, read",
+    "copy": "memory bandwidth, copy",
+    "loopback": "network loopback: a byte over TCP and back",
+    "loopback-64k": "network loopback: 64 KiB over TCP, answered",
+    "disk-read": "disk: 4 KiB read, direct",
+    "disk-write": "disk: 4 KiB written, durably",
+}
+_OF_BLOCKS: Final = frozenset({"read", "copy", "loopback-64k"})
 
-MEASURES: Final = tuple(
-    Measure(key, title, place, *rate)
-    for place, (key, title, *rate) in enumerate(
-        (
-            ("cpu", "integer arithmetic, one step"),
-            ("exit", "an instruction that exits: CPUID"),
-            ("syscall", "system call: getppid"),
-            ("switch", "context switches: a byte through pipes and back"),
-            ("process", "fork, exit, wait"),
-            ("fault", "page fault: a new page of 4 KiB"),
-            ("latency-32k", "memory latency, 32 KiB"),
-            ("latency-1m", "memory latency, 1 MiB"),
-            ("latency-32m", "memory latency, 32 MiB"),
-            ("read", "memory bandwidth, read", "GB/s", _GB),
-            ("copy", "memory bandwidth, copy", "GB/s", _GB),
-            ("loopback", "network loopback: a byte over TCP and back"),
-            ("loopback-64k", "network loopback: 64 KiB over TCP, answered", "GB/s", _GB),
-            ("disk-read", "disk: 4 KiB read, direct"),
-            ("disk-write", "disk: 4 KiB written, durably"),
-        )
+
+def _of_program() -> tuple[Measure, ...]:
+    rate = ("GB/s", BLOCK / 1e9)
+    return tuple(
+        Measure(key, title, place, *(rate if key in _OF_BLOCKS else ()))
+        for place, (key, title) in enumerate(_TITLES.items())
     )
-)
+
+
+MEASURES: Final = _of_program()
 """Of our own program."""
 DISK: Final = frozenset({"disk-read", "disk-write"})
