@@ -220,7 +220,7 @@ CATCHES: Final[dict[str, tuple[Catch, ...]]] = {
     "svm-nested-fault-page-address": (
         Catch(
             "svm.paging.a_refused_access_exits_with_its_reason_and_address",
-            "exit, EXITINFO1, EXITINFO2, RIP, CR2",
+            "exit, EXITINFO1, EXITINFO2, RIP",
         ),
     ),
     "svm-exitintinfo-lost": (

@@ -132,7 +132,7 @@ def a_physical_interrupt_comes_before_a_virtual_one(lab: SvmLab) -> None:
     equal("V_IRQ after the exit", entered.run[F.V_INTR_CONTROL] & V_IRQ, V_IRQ)
 
 
-@guest_test("APM: Virtual Interrupts", "APM: Interrupt Shadows")
+@guest_test("APM: Virtual Interrupts", "APM: Interrupt Shadows", seconds=5)
 def interrupts_nest_in_l2s_handlers(lab: SvmLab) -> None:
     """L1 injects again after each interrupt: L2 takes each in its turn and returns."""
     lab.write(lab.stub(VIRTUAL), lab.assemble("incl DATA; vmmcall; iretq"))
@@ -178,7 +178,8 @@ def virtual_gif_does_not_hold_physical_interrupts(lab: SvmLab) -> None:
     """L2's CLGI with V_GIF_ENABLE does not keep an interrupt of L1 from exiting."""
     xapic(lab)
     control = V_GIF_ENABLE | V_GIF | MASKING
-    lab.code(f"clgi; {TO_APIC} {SELF_INTERRUPT} nop; nop")
+    # An interrupt that a processor sends itself takes a while.
+    lab.code(f"clgi; {TO_APIC} {SELF_INTERRUPT} mov $1000, %ecx; 1: pause; loop 1b")
     entered = enter(lab, "", {F.V_INTR_CONTROL: control}, wants=[Intercept.INTR])
     entered.run.exits_with(ExitCode.INTR)
     equal("V_GIF after the exit", entered.run[F.V_INTR_CONTROL] & V_GIF, 0)

@@ -160,7 +160,8 @@ def init_while_l2_runs(
     first.send_ipi(1, INIT)
     exitcode = f"{other.places.control + F.EXITCODE:#x}"
     rounds = LONG if wants or vm_cr else SHORT
-    wait = f"mov ${rounds}, %ecx; 1: cmpq ${NOTHING_YET}, {exitcode}; jne 2f; in $0x80, %al; loop 1b; 2:"
+    wait = f"mov ${rounds}, %ecx; 1: cmpq ${NOTHING_YET}, {exitcode}; jne 2f"
+    wait += "; in $0x80, %al; loop 1b; 2:"
     first.call(lab.assemble(wait), {}, [])
     run = other.plan_reading(first)
     collected = first.collect(1, running, 1000)
