@@ -17,7 +17,7 @@ from undervisor.arch.vmx.exits import CrAccessType, GdtrIdtrInstruction, LdtrTrI
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.events import GP0, UD, Fault, Vector
-from undervisor.arch.x86.registers import Cr0, Dr7, Rflags
+from undervisor.arch.x86.registers import Cr0, Rflags
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.exits import control_registers, exceptions, io
@@ -234,13 +234,12 @@ def read_control_register(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict 
 
 
 def debug_register(vcpu: Vcpu, nested: NestedVmx, exit: Exit) -> Verdict | None:
-    """MOV DR: #UD for DR4 and DR5 under CR4.DE and #DB for DR7.GD come first."""
-    state, number = vcpu.state, exit.code & 0xF
+    """MOV DR: its exit comes before #DB of DR7.GD, and even before #UD of DR4 and DR5 under CR4.DE.
+
+    SDM 3C "Instructions That Cause VM Exits Conditionally".
+    """
+    number = exit.code & 0xF
     if not nested.primary & P.mov_dr_exiting or number > 7:
-        return None
-    if number in (4, 5) and state.cr4 >> 3 & 1:
-        return Inject(UD)
-    if state.dr7 & Dr7.gd:
         return None
     decoded = decode.instruction(vcpu)
     is_read = exit.code < ExitCode.DR0_WRITE
