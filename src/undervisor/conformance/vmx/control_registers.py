@@ -265,12 +265,14 @@ def mov_dr_tells_register_and_direction(lab: VmxLab) -> None:
                                   zip(forms, runs, strict=True)}, lambda t: forms[t])  # fmt: skip
 
 
-@guest_test("SDM: Primary Processor-Based VM-Execution Controls", "SDM: Relative Priority of Faults"
-            " and VM Exits")  # fmt: skip
-def mov_dr_without_exiting_works_and_faults_come_first(lab: VmxLab) -> None:
-    """Without the control MOV DR works; with CR4.DE, DR4 is #UD even where MOV DR would exit."""
-    run = lab.run("mov %rbx, %db1; mov %db1, %rax", lab.primary(mov_dr_exiting=0), {"rbx": 0x4321})
+@guest_test("SDM: Primary Processor-Based VM-Execution Controls",
+            "SDM: Instructions That Cause VM Exits Conditionally")  # fmt: skip
+def mov_dr_works_without_exiting_and_exits_before_it_faults(lab: VmxLab) -> None:
+    """Without the control MOV DR works; its exit takes priority over #UD of DR4 under CR4.DE."""
+    free, exits = lab.primary(mov_dr_exiting=0), lab.primary(mov_dr_exiting=1)
+    run = lab.run("mov %rbx, %db1; mov %db1, %rax", free, {"rbx": 0x4321})
     run.ends()
     equal("DR1", run.registers["rax"], 0x4321)
     de: Changes = {F.GUEST_CR4: lab.fields[F.GUEST_CR4] | Cr4.de}
-    lab.run("mov %db4, %rax", lab.primary(mov_dr_exiting=1) | de).delivers(6)
+    lab.run("mov %db4, %rax", free | de).delivers(6)
+    lab.run("mov %db4, %rax", exits | de).exits_with(ExitReason.MOV_DR, 4 | 1 << 4)

@@ -158,8 +158,11 @@ def xsetbv_always_exits_but_for_its_ud(lab: VmxLab) -> None:
 
 @guest_test("SDM: Relative Priority of Faults and VM Exits")
 def privileged_instructions_fault_at_cpl_3_before_they_exit(lab: VmxLab) -> None:
-    """A fault based on the privilege level comes before the VM exit of the instruction."""
-    controls: Changes = {F.GUEST_CR3: lab.pages()}
+    """A fault based on the privilege level comes before the VM exit of the instruction.
+
+    MOV DR alone would exit first, if it exited.
+    """
+    controls: Changes = lab.primary({F.GUEST_CR3: lab.pages()}, mov_dr_exiting=0)
     for word, names in (
         (
             P,
