@@ -131,7 +131,9 @@ def _wait(rounds: int) -> str:
 
 def _until(address: str, value: str) -> str:
     """Wait until the word at an address has a value, for a while."""
-    return f"mov ${LONG}, %ecx; 1: cmpw {value}, {address}; je 2f; in $0x80, %al; loop 1b; 2:"
+    return (
+        f"mov ${LONG}, %ecx; 1: cmpw {value}, {address}; je 2f; pause; in $0x80, %al; loop 1b; 2:"
+    )
 
 
 # -- INIT --------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def init_while_l2_runs(
     exitcode = f"{other.places.control + F.EXITCODE:#x}"
     rounds = LONG if wants or vm_cr else SHORT
     wait = f"mov ${rounds}, %ecx; 1: cmpq ${NOTHING_YET}, {exitcode}; jne 2f"
-    wait += "; in $0x80, %al; loop 1b; 2:"
+    wait += "; pause; in $0x80, %al; loop 1b; 2:"
     first.call(lab.assemble(wait), {}, [])
     run = other.plan_reading(first)
     collected = first.collect(1, running, 1000)
