@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from undervisor.errors import BadInput, TimedOut
+from undervisor.errors import BadInput, SiliconDied, TimedOut
 from undervisor.guest.asm import assemble
 from undervisor.guest.elf_writer import write_elf
 from undervisor.guest.image import Image
@@ -120,3 +122,60 @@ def test_two_machines_run_at_the_same_time():
         assert two.wait(20).how is How.FINISHED
         one.send(b"x")
         assert one.wait(20).how is How.FINISHED
+
+
+class TestCopies:
+    ECHO = (
+        PRINT
+        + "1: mov $0x3fd, %dx; in %dx, %al; test $1, %al; jz 1b; mov $0x3f8, %dx; in %dx, %al;"
+        + "incl 0x500; add 0x500, %al; out %al, %dx; jmp 1b"
+    )
+
+    def test_of_a_job_with_a_prompt_begin_at_the_prompt(self, target):
+        asked = job(self.ECHO, prompt=True)
+        for _ in range(2):
+            with target.start(asked) as running:
+                assert running.receive(20) == b"A\n"
+                running.send(b"a")
+                assert running.receive(20) == b"b"
+
+    def test_share_no_memory(self, target):
+        asked = job(self.ECHO, prompt=True)
+        with target.start(asked) as one, target.start(asked) as two:
+            assert one.receive(20) == two.receive(20) == b"A\n"
+            for answer in (b"b", b"c", b"d"):
+                one.send(b"a")
+                assert one.receive(20) == answer
+            two.send(b"a")
+            assert two.receive(20) == b"b"
+
+    def test_of_a_guest_that_ends_before_any_prompt_end_as_it_did(self, target):
+        ends = job(PRINT + "mov $0xf4, %dx; mov $4, %al; out %al, %dx", prompt=True)
+        for _ in range(2):
+            with target.start(ends) as running:
+                assert running.receive(20) == b"A\n"
+                assert running.wait(20).status == 9
+
+    def test_die_with_the_process_that_they_are_copies_of(self, target):
+        with target.start(job("1: jmp 1b")) as running:
+            template = running._template._process
+            template.kill()
+            assert running.wait(20).how is How.TARGET_DIED
+
+    def test_of_a_dead_template_do_not_start_and_say_so(self):
+        target, asked = BuiltinTarget("amd"), job("1: jmp 1b")
+        with target.start(asked) as running:
+            running._template._process.kill()
+            running.wait(20)
+        with pytest.raises(SiliconDied, match="SIGKILL"):
+            target.start(asked)
+
+    def test_end_with_their_target(self):
+        target = BuiltinTarget("amd")
+        with target.start(job("1: jmp 1b")) as running:
+            pid = running._template._process.pid
+        del target, running
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{pid}").exists()

@@ -146,7 +146,7 @@ def _image() -> Image:
 
 
 def _job(cpus: int) -> Job:
-    return Job(_image(), cpus=cpus, memory=MEMORY)
+    return Job(_image(), cpus=cpus, memory=MEMORY, prompt=True)
 
 
 @contextmanager

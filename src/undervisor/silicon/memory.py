@@ -26,13 +26,14 @@ MIN_RAM = 1 << 20
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 _ABSENT = (1 << 64) - 1
+_OWN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a fork of a machine has memory of its own
 
 
 class Frames:
     """Private pages by host-physical address; only for addresses that we made ourselves."""
 
     def __init__(self) -> None:
-        self.buffer = mmap.mmap(-1, PRIVATE_SIZE)
+        self.buffer = mmap.mmap(-1, PRIVATE_SIZE, flags=_OWN)
         self._fresh = iter(range(PRIVATE_BASE, PRIVATE_BASE + PRIVATE_SIZE, PAGE))
         self._free: list[int] = []
 
@@ -82,7 +83,7 @@ class Memory:
         self.size = size
         self.low = min(size, LOW_END)
         try:
-            self.ram = mmap.mmap(-1, size)
+            self.ram = mmap.mmap(-1, size, flags=_OWN)
         except (OSError, ValueError) as error:
             raise BadInput(f"no {size >> 20} MiB of memory for the guest: {error}") from None
         self.frames = Frames()

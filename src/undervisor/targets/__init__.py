@@ -26,13 +26,18 @@ DEFAULT_MEMORY = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to start: an image, its command line and modules, and the machine's size."""
+    """What to start: an image, its command line and modules, and the machine's size.
+
+    `prompt`: the image is known to say something and to wait for an answer soon; a target may
+    start its machines there.
+    """
 
     image: Image
     cpus: int = 1
     memory: int = DEFAULT_MEMORY
     append: str = ""
     modules: tuple[Module, ...] = ()
+    prompt: bool = False
 
     def place(self, rsdp: int = 0) -> Placement:
         """Where everything goes; BadInput where it does not fit. `rsdp`: the ACPI root pointer."""
