@@ -23,7 +23,7 @@ def test_an_impossible_size_is_refused_with_an_example(size):
 
 
 def test_a_host_without_the_memory_is_told(monkeypatch):
-    def no(*arguments):
+    def no(*arguments, **keywords):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr("undervisor.silicon.memory.mmap.mmap", no)
