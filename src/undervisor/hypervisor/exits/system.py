@@ -7,7 +7,7 @@ from undervisor.arch.x86.registers import Cr4, legalize_xcr0
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exit import Exit
 from undervisor.hypervisor.vcpu import Vcpu
-from undervisor.hypervisor.verdict import ADVANCE, Inject, Verdict
+from undervisor.hypervisor.verdict import ADVANCE, Inject, Switched, Verdict
 
 
 def undefined(vcpu: Vcpu, exit: Exit) -> Verdict:
@@ -43,6 +43,9 @@ def xsetbv(vcpu: Vcpu, exit: Exit) -> Verdict:
 
 
 def icebp(vcpu: Vcpu, exit: Exit) -> Verdict:
-    """INT1: a #DB that is a trap."""
+    """INT1: a #DB that is a trap.
+
+    Delivered here, past the intercepts: that of #DB does not see it. APM 2, "Exception Intercepts".
+    """
     vcpu.advance(decode.length(vcpu))
-    return Inject(Fault(Vector.DB))
+    return Switched(vcpu.inject(Fault(Vector.DB)))

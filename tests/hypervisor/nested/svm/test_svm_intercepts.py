@@ -157,6 +157,33 @@ def test_an_instruction_that_nobody_wants_is_carried_out(name):
     assert world.vmcb.rip == world.l2.labels["last"]
 
 
+def test_the_intercept_of_debug_exceptions_does_not_see_icebp():
+    world = World(".byte 0xf1; last: vmmcall", wants=[Intercept.EXCP_DB])
+    world.run()
+    assert world.vmcb.exitcode == ExitCode.VMMCALL
+    assert world.vmcb.rip == world.l2.labels["last"]
+    assert world.seen(Vector.DB) == 1
+
+
+@pytest.mark.parametrize(
+    "setup",
+    ["mov $5, %ecx", "xor %ecx, %ecx; xor %eax, %eax"],
+    ids=["no such register", "an illegal value"],
+)
+def test_xsetbv_exits_before_its_general_protection_fault(setup):
+    enable = "mov %cr4, %rax; or $0x40000, %eax; mov %rax, %cr4"
+    wants = [Intercept.XSETBV, Intercept.EXCP_GP]
+    world = World(f"{enable}; xor %edx, %edx; {setup}; xsetbv", wants=wants)
+    world.run()
+    assert world.vmcb.exitcode == ExitCode.XSETBV
+
+
+def test_xsetbv_without_osxsave_is_undefined_before_it_exits():
+    world = World("xsetbv", wants=[Intercept.XSETBV, Intercept.EXCP_UD])
+    world.run()
+    assert world.vmcb.exitcode == ExitCode.EXCP_UD
+
+
 # An exception in L2: code, vector, error code, address in EXITINFO2.
 EXCEPTIONS = {
     "#DE": ("xor %ecx, %ecx; xor %edx, %edx", "div %ecx", Vector.DE, 0, 0),

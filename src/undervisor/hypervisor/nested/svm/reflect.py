@@ -13,7 +13,7 @@ from iced_x86 import Code
 from undervisor.arch.svm.exits import SAVES_NEXT_RIP, ExitCode
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.x86.events import VECTORS_WITH_ERROR_CODE, EventType, Fault, Vector
-from undervisor.arch.x86.registers import Cr0, legalize_lmsw
+from undervisor.arch.x86.registers import Cr0, Cr4, legalize_lmsw
 from undervisor.hypervisor import decode
 from undervisor.hypervisor.exits import control_registers, exceptions, io
 from undervisor.hypervisor.nested.svm import information, paging, permissions
@@ -265,6 +265,11 @@ def _mwait(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     return _plain(svm, vcpu, ExitCode.MWAIT_CONDITIONAL) if svm.monitor_armed else None
 
 
+def _xsetbv(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
+    """XSETBV exits before its #GP, and behind its #UD. APM 2, "Instruction Intercepts"."""
+    return _plain(svm, vcpu, ExitCode.XSETBV) if vcpu.state.cr4 & Cr4.osxsave else None
+
+
 def _nested_page_fault(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict | None:
     return paging.fault(vcpu, svm, exit)
 
@@ -290,6 +295,7 @@ _SPECIAL: Final[dict[int, Reflection]] = {
     ExitCode.MSR: _msr,
     ExitCode.PAUSE: _pause,
     ExitCode.MWAIT: _mwait,
+    ExitCode.XSETBV: _xsetbv,
     ExitCode.NPF: _nested_page_fault,
     ExitCode.VINTR: _window,
 }
