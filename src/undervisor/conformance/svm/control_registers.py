@@ -11,7 +11,7 @@ from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer
-from undervisor.conformance.expect import each, equal
+from undervisor.conformance.expect import Lacking, each, equal
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.svm import modes
 from undervisor.conformance.svm.lab import SvmLab
@@ -252,11 +252,17 @@ def without_masking_cr8_is_the_processors(lab: SvmLab) -> None:
 
 
 @guest_test("APM: XSETBV", "APM: Instruction Intercepts")
-def xsetbv_exits_before_its_exceptions(lab: SvmLab) -> None:
-    """XSETBV exits by its intercept before its #UD without CR4.OSXSAVE, which is L2's without."""
+def xsetbv_exits_between_its_exceptions(lab: SvmLab) -> None:
+    """XSETBV exits by its intercept before its #GP, but behind the #UD without CR4.OSXSAVE."""
     wants = [Intercept.XSETBV, Intercept.EXCP_UD, Intercept.EXCP_GP]
-    lab.run("xsetbv", wants=wants).exits_with(ExitCode.XSETBV)
-    lab.run("xsetbv", wants=wants[1:]).exits_with(ExitCode.EXCP_UD)
+    lab.run("xsetbv", wants=wants).exits_with(ExitCode.EXCP_UD)
+    lab.run("xsetbv", wants=wants[:1]).delivers(Vector.UD)
+    if not lab.l1.cpuid(1).value["rcx"] >> 26 & 1:
+        raise Lacking("the processor has no XSAVE")
+    begin = {F.CR4: lab.vmcb.cr4 | Cr4.osxsave}
+    for text in ("mov $5, %ecx; xsetbv", "xor %ecx, %ecx; xor %eax, %eax; xor %edx, %edx; xsetbv"):
+        lab.run(text, begin, wants=wants).exits_with(ExitCode.XSETBV)
+        lab.run(text, begin, wants=wants[1:]).exits_with(ExitCode.EXCP_GP)
 
 
 def _efer(change: str) -> str:

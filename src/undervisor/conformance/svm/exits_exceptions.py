@@ -167,14 +167,16 @@ def an_instructions_exceptions_come_before_most_intercepts(lab: SvmLab) -> None:
     )
 
 
-@guest_test("APM: Exception Intercepts")
+@guest_test("APM: Instruction Intercepts", "APM: Exception Intercepts")
 def icebp_is_not_the_debug_exception_to_the_intercepts(lab: SvmLab) -> None:
-    """ICEBP exits by its own intercept; without it, by that of #DB."""
+    """ICEBP exits by its own intercept only: that of #DB does not see its #DB, which L2 gets."""
     code = ".byte 0xf1"
     wants = [Intercept.ICEBP, Intercept.EXCP_DB]
     lab.run(code, wants=wants).exits_with(ExitCode.ICEBP)
-    lab.run(code, wants=[Intercept.EXCP_DB]).exits_with(ExitCode.EXCP_DB)
-    lab.run(code).delivers(Vector.DB)
+    for others in ([Intercept.EXCP_DB], []):
+        run = lab.run(code, wants=others)
+        run.delivers(Vector.DB)
+        equal("the RIP that is pushed", lab.read_u64(run[F.RSP]), lab.places.code + 1)
 
 
 @guest_test("APM: Exception Intercepts")

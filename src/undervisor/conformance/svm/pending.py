@@ -23,8 +23,11 @@ TO_APIC: Final = f"mov ${APIC:#x}, %edi;"
 SELF_INTERRUPT: Final = f"movl ${0x40000 | VECTOR:#x}, 0x300(%rdi);"
 SELF_NMI: Final = "movl $0, 0x310(%rdi); movl $0x400, 0x300(%rdi);"
 """An NMI to APIC 0, which is the processor itself: the shorthand "self" is for fixed ones only."""
-TIMER: Final = f"movl ${VECTOR:#x}, 0x320(%rdi); movl $0xb, 0x3e0(%rdi); movl $20000, 0x380(%rdi);"
-"""The local APIC's timer, once, in a moment."""
+
+
+def timer(counts: int = 20000) -> str:
+    """The local APIC's timer, once, so many counts from now."""
+    return f"movl ${VECTOR:#x}, 0x320(%rdi); movl $0xb, 0x3e0(%rdi); movl ${counts}, 0x380(%rdi);"
 
 
 def xapic(lab: SvmLab) -> None:
