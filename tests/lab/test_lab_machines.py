@@ -75,3 +75,20 @@ def test_a_level_has_room_for_those_inside_it():
 def test_a_lab_that_can_not_be_is_refused(wish):
     with pytest.raises(BadInput):
         Plan(**wish)
+
+
+def test_every_level_has_the_one_disk_past_the_page_cache_outside(tmp_path):
+    disk = tmp_path / "a, disk"
+    disk.touch()
+    plan = Plan(depth=3, disk=disk)
+    words = machines.outer(plan, IMAGES, Path("/bin/qemu"), "tcg")
+    drive = words[words.index("-drive") + 1]
+    assert drive.endswith(f"cache=none,file={tmp_path}/a,, disk")
+    assert "virtio-blk-pci,drive=disk" in words
+    for level in (2, 3):
+        inner = shlex.split(machines.inner(plan, level))
+        assert inner[inner.index("-drive") + 1].endswith("cache=none,file=/dev/vda")
+        assert "virtio-blk-device,drive=disk" in inner
+    assert "-drive" not in machines.outer(Plan(), IMAGES, Path("/bin/qemu"), "tcg")
+    with pytest.raises(BadInput, match="for --disk"):
+        Plan(disk=tmp_path / "nothing")

@@ -34,9 +34,11 @@ def measure_levels(
     from undervisor.lab.levels.comparison import compare
     from undervisor.lab.levels.session import FULL, QUICK, measure
 
-    for path in pictures:
+    for path in pictures:  # before minutes are spent
         if path.suffix not in _KINDS:
             raise BadInput(f"{path}: no picture of that kind", hint="a name in .svg or .html")
+        if not path.parent.is_dir():
+            raise BadInput(f"cannot write {path}: there is no such folder")
     effort = QUICK if quick else FULL
     with drawn_progress() as progress, _subjects(hosts, not quick, progress) as subjects:
         found = measure(subjects, effort, with_tools=not quick, progress=progress)
