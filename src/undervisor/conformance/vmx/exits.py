@@ -163,20 +163,9 @@ def privileged_instructions_fault_at_cpl_3_before_they_exit(lab: VmxLab) -> None
     MOV DR alone would exit first, if it exited.
     """
     controls: Changes = lab.primary({F.GUEST_CR3: lab.pages()}, mov_dr_exiting=0)
-    for word, names in (
-        (
-            P,
-            (
-                "hlt_exiting",
-                "invlpg_exiting",
-                "cr3_store_exiting",
-                "cr8_store_exiting",
-                "mov_dr_exiting",
-                "rdpmc_exiting",
-            ),
-        ),
-        (S, ("wbinvd_exiting", _TABLES)),
-    ):
+    primary = ("hlt_exiting", "invlpg_exiting", "cr3_store_exiting", "cr8_store_exiting",
+               "rdpmc_exiting")  # fmt: skip
+    for word, names in ((P, primary), (S, ("wbinvd_exiting", _TABLES))):
         for name in names:
             if lab.supports(word, name):
                 controls = lab.control(word, controls, **{name: 1})
