@@ -90,5 +90,5 @@ def test_every_level_has_the_one_disk_past_the_page_cache_outside(tmp_path):
         assert inner[inner.index("-drive") + 1].endswith("cache=none,file=/dev/vda")
         assert "virtio-blk-device,drive=disk" in inner
     assert "-drive" not in machines.outer(Plan(), IMAGES, Path("/bin/qemu"), "tcg")
-    with pytest.raises(BadInput, match="for --disk"):
+    with pytest.raises(BadInput, match="for the lab's disk"):
         Plan(disk=tmp_path / "nothing")

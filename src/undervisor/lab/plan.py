@@ -39,10 +39,12 @@ class Plan:
             raise BadInput(f"{self.cpus} processors", hint=f"1 to {MOST_CPUS} are possible")
         if self.accelerator not in ("", "kvm", "tcg"):
             raise BadInput(f"{self.accelerator!r} is no accelerator", hint="kvm or tcg")
-        for name in ("kernel", "busybox", "initramfs", "disk"):
+        for name in ("kernel", "busybox", "initramfs"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise BadInput(f"{path}: no such file, for --{name}")
+        if self.disk is not None and not self.disk.is_file():
+            raise BadInput(f"{self.disk}: no such file, for the lab's disk")
         if self.modules is not None and not self.modules.is_dir():
             raise BadInput(f"{self.modules}: no such folder, for --modules")
 

@@ -122,7 +122,7 @@ class _Ready:
             return cls(subject, path, subject.disk)
         disk, blocks = f"{folder}/disk", DISK_BYTES >> 20
         try:
-            shell(host, f"dd if=/dev/zero of={disk} bs=1048576 count={blocks} && sync")
+            shell(host, f"dd if=/dev/urandom of={disk} bs=1048576 count={blocks} && sync")
         except BadInput as error:
             return cls(subject, path, "", error.message)
         return cls(subject, path, disk)

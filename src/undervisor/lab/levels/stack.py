@@ -48,15 +48,16 @@ def levels_of_a_lab(
 
 @contextlib.contextmanager
 def _disk() -> Iterator[Path | None]:
-    """A file full of zeros that can be read past the page cache; None where none can be made."""
+    """A file with blocks that can be read past the page cache; None where none can be made."""
     with contextlib.ExitStack() as stack:
         made = None
         with contextlib.suppress(OSError):
             place = "/var/tmp" if Path("/var/tmp").is_dir() else None
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=place))
             path = Path(folder) / "disk.img"
-            path.write_bytes(bytes(DISK_BYTES))
-            os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
+            path.write_bytes(os.urandom(DISK_BYTES))  # zeros may be kept as a hole
+            with open(os.open(path, os.O_RDWR | os.O_DIRECT), "rb") as file:
+                os.fsync(file.fileno())
             made = path
         yield made
 
