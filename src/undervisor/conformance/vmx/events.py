@@ -20,8 +20,10 @@ STI, MOV_SS, NMI = 1, 2, 8
 HLT, SHUTDOWN = 1, 2
 IF: Final[Changes] = {F.GUEST_RFLAGS: 0x2 | Rflags.if_}
 APIC: Final = "mov $0xfee00000, %r8d; "
-SEND_INTERRUPT: Final = APIC + f"movl $0x40000 | {VECTOR}, 0x300(%r8); "
-SEND_NMI: Final = APIC + "movl $0, 0x310(%r8); movl $0x4400, 0x300(%r8); "
+ARRIVE: Final = "mov $0x400, %ecx; 8: pause; loop 8b; "
+"""What is sent to oneself need not arrive at once."""
+SEND_INTERRUPT: Final = f"{APIC} movl $0x40000 | {VECTOR}, 0x300(%r8); {ARRIVE}"
+SEND_NMI: Final = f"{APIC} movl $0, 0x310(%r8); movl $0x4400, 0x300(%r8); {ARRIVE}"
 IRET: Final = "mov %rsp, %rax; push $DS; push %rax; pushfq; push $CS64; push $1f; iretq; 1: "
 SPURIOUS, EOI = 0xF0, 0xB0
 VIRTUAL_NMIS: Final = control(PinBasedControls, "virtual_nmis")
@@ -47,12 +49,10 @@ def an_interrupt_exits_whatever_if_is(lab: VmxLab, flags: int) -> None:
 
     With "acknowledge interrupt on exit" the exit tells the vector; without, it stays pending.
     """
-    sent = lab.places.code + len(lab.assemble(SEND_INTERRUPT))
     changes = _pin(lab, external_interrupt_exiting=1) | {F.GUEST_RFLAGS: flags}
     run = lab.run(SEND_INTERRUPT + "nop; nop", lab.on_exit(changes, acknowledge_interrupt=1))
     run.exits_with(ExitReason.EXTERNAL_INTERRUPT)
-    equal("the interruption information and RIP",
-          (run[F.EXIT_INTERRUPTION_INFORMATION], run.rip), (VALID | VECTOR, sent))  # fmt: skip
+    equal("the interruption information", run[F.EXIT_INTERRUPTION_INFORMATION], VALID | VECTOR)
     lab.l1.apic_write(EOI, 0)
     before = lab.count(VECTOR)
     run = lab.run(None, lab.on_exit(changes, acknowledge_interrupt=0))
