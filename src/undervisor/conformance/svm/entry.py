@@ -31,6 +31,8 @@ EFER_CPUID: Final = {
 OTHER_VENDORS: Final = (24, 25, 27, 28)
 """PKS, UINTR, LASS and LAM_SUP of CR4."""
 HIGH: Final = range(32, 64)
+OBSERVED: Final = int(Attributes.l | Attributes.db | 1 << 1)
+"""What VMRUN observes of CS's attributes: L, D and R. APM 2, "Segment State in the VMCB"."""
 
 
 def _absent(lab: SvmLab, table: dict[str, tuple[int, str, int]]) -> list[str]:
@@ -169,8 +171,11 @@ def l2_may_begin_in_any_mode(lab: SvmLab, mode: str) -> None:
     run = lab.run(None, begin)
     run.ends()
     equal("what L2 wrote", lab.read_u32(places.data + 0x40), 0x12345678)
-    for field in (F.CR0, F.CR3, F.CR4, F.CPL, F.CS_ATTRIBUTES, F.CS_BASE, F.RFLAGS):
+    for field in (F.CR0, F.CR3, F.CR4, F.CPL, F.CS_BASE, F.RFLAGS):
         equal(f"{field.name} at the exit", run[field], begin.get(field, lab.vmcb[field]))
+    attributes = begin.get(F.CS_ATTRIBUTES, lab.vmcb.cs_attributes)
+    seen = run[F.CS_ATTRIBUTES] & OBSERVED
+    equal("D, L and R of CS at the exit", seen, attributes & OBSERVED)
     long_mode = mode in ("compatibility", "64-bit, CPL 3")
     equal("EFER.LMA at the exit", bool(run[F.EFER] & Efer.lma), long_mode)
 
