@@ -91,7 +91,12 @@ CATCHES: Final[dict[str, tuple[Catch, ...]]] = {
             "the error of VMRESUME of a clear VMCS",
         ),
     ),
-    "vmx-init-dropped-in-l2": (),
+    "vmx-init-dropped-in-l2": (
+        Catch(
+            "vmx.processors.init_is_blocked_in_root_operation_until_l2_runs",
+            "must be exit 3 (INIT_SIGNAL)",
+        ),
+    ),
     "vmx-nmi-not-blocked": (
         Catch(
             "vmx.events_injection.an_injected_nmi_blocks_nmis",
