@@ -53,6 +53,12 @@ def test_commands_run_at_each_level(lab, runtime, level):
     assert (ran.stdout, ran.stderr, ran.returncode) == (f"{level}\n", "no\n", 3)
 
 
+def test_a_command_that_is_no_shell_is_told(lab, runtime):
+    ran = undervisor("lab", "sh", "l1", "echo 'never closed", runtime=runtime)
+    assert ran.returncode == 2
+    assert "unterminated quoted string" in ran.stderr
+
+
 def test_a_command_that_hangs_is_ended_there(lab, runtime):
     ran = undervisor("lab", "sh", "--timeout", "0.5", "l2", "sleep 77", runtime=runtime)
     assert ran.returncode == 6

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -61,7 +62,8 @@ class Level:
         TimedOut after `timeout` seconds, and the command is killed; GuestDied where the level does
         not answer.
         """
-        fact = self.host.execute(command, timeout, _OUTPUT)
+        # `eval` keeps a command that can't be parsed, or ends with `&`, from breaking the request.
+        fact = self.host.execute(f"eval {shlex.quote(command)}", timeout, _OUTPUT)
         if isinstance(fact, Known):
             status, out, err = fact.value
             return Output(status, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))

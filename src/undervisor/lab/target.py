@@ -28,7 +28,7 @@ AGENT: Final = (
 
 
 def _lab() -> Lab:
-    # One processor: QEMU 7.2 loses the processors of an SMP L1 that runs guests under TCG.
+    # One processor: more gain nothing under TCG, and an L1 with two has hung there.
     return Lab(plan=Plan(python=True, cpus=1))
 
 
