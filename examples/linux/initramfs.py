@@ -3,7 +3,7 @@
     python initramfs.py KERNEL_ROOT BUSYBOX OUT
 
 KERNEL_ROOT is where a distribution's kernel package was unpacked (it holds lib/modules), BUSYBOX a
-statically linked busybox.  Needs gcc with a static C library.
+statically linked busybox.  Needs undervisor, and gcc with a static C library.
 """
 
 import subprocess
@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from undervisor.guest.newc import Archive
+
 MODULES = ("irqbypass.ko", "kvm.ko", "kvm-amd.ko", "kvm-intel.ko")
-DIRECTORY, PROGRAM, FILE, LINK, DEVICE = 0o40755, 0o100755, 0o100644, 0o120777, 0o20600
 INIT = b"""#!/bin/busybox sh
 busybox() { /bin/busybox "$@"; }
 busybox mount -t proc proc /proc
@@ -28,14 +29,6 @@ $(busybox cat /sys/module/kvm_$vendor/parameters/nested)"
 /bin/guest
 busybox poweroff -f
 """
-
-
-def entry(number: int, name: str, mode: int, data: bytes = b"", device: tuple = (0, 0)) -> bytes:
-    """One member of a cpio archive in the "newc" form."""
-    path = name.encode() + b"\0"
-    fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
-    head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
-    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
 def compiled() -> bytes:
@@ -57,14 +50,17 @@ def module(root: Path, name: str) -> bytes:
 
 def main(root: Path, busybox: Path, out: Path) -> None:
     """Write the archive: devices need no root, they are only named in it."""
-    members = [(name, DIRECTORY, b"") for name in ("bin", "dev", "proc", "sys", "lib")]
-    members += [("bin/busybox", PROGRAM, busybox.read_bytes()), ("bin/sh", LINK, b"busybox")]
-    members += [(f"lib/{name}", FILE, module(root, name)) for name in MODULES]
-    members += [("bin/guest", PROGRAM, compiled()), ("init", PROGRAM, INIT)]
-    archive = [entry(n, *member) for n, member in enumerate(members, 2)]
-    archive.append(entry(1, "dev/console", DEVICE, device=(5, 1)))
-    archive.append(entry(0, "TRAILER!!!", 0))
-    out.write_bytes(b"".join(archive))
+    archive = Archive()
+    for name in ("bin", "dev", "proc", "sys", "lib"):
+        archive.folder(name)
+    archive.file("bin/busybox", busybox.read_bytes(), program=True)
+    archive.link("bin/sh", "busybox")
+    for name in MODULES:
+        archive.file(f"lib/{name}", module(root, name))
+    archive.file("bin/guest", compiled(), program=True)
+    archive.file("init", INIT, program=True)
+    archive.device("dev/console", 5, 1)
+    out.write_bytes(archive.finish())
 
 
 if __name__ == "__main__":
