@@ -20,7 +20,7 @@ from undervisor.domains.model import (
     Policy,
 )
 from undervisor.domains.quantities import parse_size
-from undervisor.domains.recommend import Need, Recommendation, recommend
+from undervisor.domains.recommend import Need, Recommendation, recommend, required
 from undervisor.domains.workarounds import work_around
 from undervisor.errors import BadInput
 from undervisor.host.facts.processor import Processor
@@ -125,12 +125,12 @@ def _cpu(wishes: Wishes, extension: str, processor: Processor | None) -> Recomme
     elif wishes.cpu in _MODES:
         mode = _MODES[wishes.cpu]
         check = "none" if mode in (Mode.PASSTHROUGH, Mode.MAXIMUM) else ""
-        cpu = Cpu(mode=mode, check=check, features=((extension, Policy.REQUIRE),))
+        cpu = Cpu(mode=mode, check=check, features=required(extension))
         found = Recommendation(cpu, ("asked for", f"{extension} required"))
     else:
         options.one_of(wishes.cpu, [wishes.cpu] if _is_model(wishes.cpu) else [], "CPU model", str)
         cpu = Cpu(mode=Mode.CUSTOM, model=wishes.cpu, match="exact", fallback="forbid",
-                  features=((extension, Policy.REQUIRE),))  # fmt: skip
+                  features=required(extension))  # fmt: skip
         why = f"{extension} required: a named model does not give it under KVM unless asked"
         found = Recommendation(cpu, ("asked for", why))
     cpu = found.cpu

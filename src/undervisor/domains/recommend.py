@@ -73,6 +73,11 @@ def named_model(processor: Processor) -> str:
     return name + ("-noTSX" if without_tsx else "") + ("-IBRS" if ibrs else "")
 
 
+def required(extension: str) -> tuple[tuple[str, Policy], ...]:
+    """The extension asked for by name; on s390x host-passthrough has it, and takes no names."""
+    return () if extension == "sie" else ((extension, Policy.REQUIRE),)
+
+
 def recommend(need: Need, extension: str, processor: Processor | None = None) -> Recommendation:
     """The CPU for an L1; BadInput where it takes a name that we can't tell.
 
@@ -84,7 +89,7 @@ def recommend(need: Need, extension: str, processor: Processor | None = None) ->
         mode=Mode.PASSTHROUGH,
         check="none",
         migratable=False if need is Need.SPEED else None,
-        features=((extension, Policy.REQUIRE),),
+        features=required(extension),
     )
     why = [
         f"host-passthrough: L1 sees the whole processor, {extension} and its sub-features included",
@@ -111,7 +116,7 @@ def _named(extension: str, processor: Processor | None) -> Recommendation:
         model=model,
         match="exact",
         fallback="forbid",
-        features=((extension, Policy.REQUIRE),),
+        features=required(extension),
     )
     return Recommendation(
         cpu,
