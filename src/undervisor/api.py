@@ -254,8 +254,10 @@ class Vm(Expectations):
 def _content(image: str | Path | bytes) -> tuple[bytes, str]:
     if isinstance(image, bytes):
         return image, "the image"
+    path = Path(image)
     try:
-        return Path(image).read_bytes(), str(image)
+        # The guest is told the name, and a run is to be the same wherever the file lies.
+        return path.read_bytes(), path.name
     except OSError as error:
         raise BadInput(f"cannot read {image}: {error.strerror}") from None
 

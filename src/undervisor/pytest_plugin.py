@@ -66,7 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=DEFAULT_LAST,
         metavar="N",
-        help=f"transitions that the report of a failure shows (default {DEFAULT_LAST})",
+        help="transitions that the report of a failure shows, repeated ones counted once "
+        f"(default {DEFAULT_LAST})",
     )
     parser.addini("undervisor_cpu", "CPU models for tests that name none", "args", [])
     parser.addini("undervisor_timeout", "seconds that a test's machines may run", "string", "")
@@ -169,4 +170,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
             words = used.report(vm, item.config.getoption("--undervisor-last"))
         except Exception as error:  # what hides the test's own failure would be worse
             words = f"no report: {type(error).__name__}: {error}"
-        report.sections.append((f"undervisor: {vm.boot}", words))
+        _attach(report, f"undervisor: {vm.boot}", words)
+
+
+def _attach(report: pytest.TestReport, title: str, words: str) -> None:
+    """A section of the failure itself: that also goes into JUnit files, and no option hides it."""
+    failure: Any = report.longrepr
+    if hasattr(failure, "addsection"):
+        failure.addsection(title, words)
+    else:
+        report.sections.append((title, words))

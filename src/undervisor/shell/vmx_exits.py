@@ -6,7 +6,11 @@ from typing import Final
 
 from undervisor.arch.vmx.checks.inputs import EntryInput, refresh_inputs
 from undervisor.arch.vmx.controls import ExitReasonField
-from undervisor.arch.vmx.exit_information import INSTRUCTION_INFORMATION, QUALIFICATIONS
+from undervisor.arch.vmx.exit_information import (
+    INSTRUCTION_INFORMATION,
+    PLAIN_QUALIFICATIONS,
+    QUALIFICATIONS,
+)
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.errors import BadInput
@@ -110,7 +114,8 @@ def _exit_words(fields: dict[int, int], run: L2Run) -> str:
     number, qualification = fields[F.EXIT_REASON], fields[F.EXIT_QUALIFICATION]
     reason = _reason(number & 0xFFFF)
     try:
-        meaning = numbers.exit_reason(number, qualification)
+        told = bool(qualification) or reason in QUALIFICATIONS or reason in PLAIN_QUALIFICATIONS
+        meaning = numbers.exit_reason(number, qualification if told else None)
     except BadInput as error:
         return f"VM exit {number:#x}: {error.message}"
     lines = [f"VM exit, {meaning.title}", *(f"  {text}" for text in meaning.sentences)]

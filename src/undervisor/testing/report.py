@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from undervisor.errors import UndervisorError
+from undervisor.hypervisor.trace import Transition
 from undervisor.report.trace.transition import text
 from undervisor.testing.remote import BootedVm
 
@@ -11,8 +14,9 @@ SERIAL_SHOWN = 4000
 
 
 def describe(vm: BootedVm, last: int | None) -> str:
-    """The failed VM entries, the registers, the `last` transitions (None: all that are kept),
-    and the serial output.
+    """The failed VM entries, the registers, the last transitions, and the serial output.
+
+    `last`: how many transitions, repeated ones counted once and folded; None: all that are kept.
     """
     parts = [vm.end or "the machine is at rest; the guest has not ended the run"]
     parts += [_entries(vm, last), _registers(vm), _trace(vm, last), _serial(vm, last)]
@@ -38,12 +42,24 @@ def _registers(vm: BootedVm) -> str:
 
 def _trace(vm: BootedVm, last: int | None) -> str:
     transitions = vm.exits()
-    shown = transitions if last is None else transitions[-last:] if last else []
-    kept = "kept transition" if last is None else "transition"
-    if not shown:
-        return _title(f"no {kept}s")
-    title = f"the last {len(shown)} transitions" if len(shown) > 1 else f"the last {kept}"
-    return "\n".join((_title(title), *map(text, shown)))
+    if last is None:
+        title = f"the last {len(transitions)} transitions"
+        return "\n".join((_title(title), *map(text, transitions)))
+    groups = [list(group) for _, group in groupby(transitions, _kind)]
+    shown = groups[-last:] if last > 0 else []
+    count = sum(map(len, shown))
+    return "\n".join((_title(f"the last {count} transitions"), *map(_folded, shown)))
+
+
+def _kind(transition: Transition) -> tuple[int, int, int, str]:
+    return transition.vcpu, transition.level, transition.to, transition.reason
+
+
+def _folded(group: list[Transition]) -> str:
+    """One after the other of a kind, a guest that prints for example: the first and the last."""
+    if len(group) < 4:
+        return "\n".join(map(text, group))
+    return f"{text(group[0])}\n{'':16}... {len(group) - 2} more ...\n{text(group[-1])}"
 
 
 def _serial(vm: BootedVm, last: int | None) -> str:
