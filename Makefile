@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# The tests of libvirt want its Python module, which can be built only where libvirt-dev is.
+EXTRAS := test$(shell pkg-config --exists libvirt 2>/dev/null && echo ,libvirt)
 
 .PHONY: run test deep bench lint clean
 .DEFAULT_GOAL := run
@@ -34,7 +36,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $(VENV)/.installed $@
 
 clean:

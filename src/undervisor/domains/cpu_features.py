@@ -19,20 +19,16 @@ VMX_NAMES = {
     "unrestricted_guest": "vmx-unrestricted-guest",
     "flexpriority": "vmx-flexpriority",
     "vnmi": "vmx-vnmi",
-    "tpr_shadow": "vmx-vtpr",
+    "tpr_shadow": "vmx-flexpriority",
     "shadow_vmcs": "vmx-shadow-vmcs",
     "posted_intr": "vmx-posted-intr",
     "preemption_timer": "vmx-preemption-timer",
     "pml": "vmx-pml",
-    "xsaves": "vmx-xsaves",
 }
 """Names of /proc/cpuinfo's "vmx flags", which are no names of libvirt's or QEMU's, and theirs.
 
-`vnmi` and `xsaves` are CPUID features as well; only with VMX, and only where a guide lists it among
-VMX's, the first is meant as a control.
+On AMD `vnmi` is a CPUID feature of that name.
 """
-
-_CONTROL_ONLY = frozenset(VMX_NAMES) - {"xsaves"}
 
 MITIGATIONS = {
     "spec-ctrl": "IBRS, IBPB: a guest kernel's protection against branch target injection",
@@ -74,7 +70,7 @@ def libvirt_name(name: str, extension: str) -> str:
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
         raise BadInput(f"{name!r} is no name of a CPU feature")
-    return VMX_NAMES[name] if extension == "vmx" and name in _CONTROL_ONLY else name
+    return VMX_NAMES.get(name, name) if extension == "vmx" else name
 
 
 def known_to_libvirt(host: Host) -> Fact[frozenset[str]]:

@@ -141,6 +141,10 @@ def _devices(guest: Guest) -> Iterator[Problem]:
                 f"{disk.target}: there is no I/O thread {disk.iothread}",
                 "raise <iothreads>",
             )
+        if disk.read_only and disk.device == "disk" and disk.bus in ("ide", "sata"):
+            yield _bad(
+                "disk-read-only", f"{disk.target}: {disk.bus} disks can't be read-only", "virtio"
+            )
     targets = [disk.target for disk in guest.disks]
     for target in sorted({t for t in targets if targets.count(t) > 1}):
         yield _bad("disk-twice", f"two disks are {target}", "give each a name of its own")

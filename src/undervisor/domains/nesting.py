@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from undervisor.domains.cpu_features import VMX_NAMES, libvirt_name
+from undervisor.domains.cpu_features import libvirt_name
 from undervisor.domains.host_topology import HostTopology
 from undervisor.domains.libvirt_xml import DomainXml
 from undervisor.domains.limits import Problem, Weight
@@ -116,7 +116,7 @@ def _names(document: DomainXml, view: View) -> Iterator[Problem]:
                 f'start, "unknown CPU feature: {name}"',
                 f"{comes}write {proper}, where libvirt knows that (10.1 and later)",
             )
-        elif view.known is not None and name not in view.known and name not in VMX_NAMES.values():
+        elif view.known is not None and name not in view.known and not name.startswith("vmx-"):
             yield Problem(
                 "feature-unknown",
                 Weight.REFUSED,

@@ -42,7 +42,11 @@ class Command:
 
 def qemu_command(guest: Guest, binary: str = "") -> Command:
     """The command that starts `guest`."""
-    argv = [binary or f"qemu-system-{guest.architecture or 'x86_64'}", "-name", qemu_devices.quoted(guest.name)]
+    argv = [
+        binary or f"qemu-system-{guest.architecture or 'x86_64'}",
+        "-name",
+        qemu_devices.quoted(guest.name),
+    ]
     argv += [*_machine(guest), *_cpu(guest), *_processors(guest), *_memory(guest)]
     argv += ["-nodefaults", "-display", "none", *_boot(guest)]
     devices = qemu_devices.devices(guest)
