@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from undervisor import __version__
 from undervisor.cli.printing import console, put, put_json, table
+from undervisor.cli.versions import version_of
 from undervisor.errors import BadInput, ExitCode
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from undervisor.conformance.entries.comparison import Column
-
-_VERSIONS: Final = {
-    "qemu": (("qemu-system-x86_64", "--version"), r"QEMU emulator version ([\d.]+)"),
-    "bochs": (("bochs-bin", "--help", "cpu"), r"Bochs x86 Emulator ([\d.]+)"),
-}
-"""What a program is asked for its version, and where it is in the answer."""
-_PATIENCE: Final = 20.0
 
 
 def compare(
@@ -58,7 +49,7 @@ def _column(name: str, cpus: Sequence[str], rules: Collection[str]) -> Column:
     out = Console(stderr=True, highlight=False)
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         tell = _Teller(progress, name, len(rules))
-        return column(name, cpus, rules, version=_version(name), progress=tell)
+        return column(name, cpus, rules, version=version_of(name), progress=tell)
 
 
 class _Teller:
@@ -73,21 +64,6 @@ class _Teller:
             words = f"{self._target} {cpu}"
             self._tasks[cpu] = self._progress.add_task(words, total=self._total)
         self._progress.advance(self._tasks[cpu])
-
-
-def _version(name: str) -> str:
-    """What a target says of its version; empty where it says nothing."""
-    if name not in _VERSIONS:
-        return f"undervisor {__version__}" if name == "builtin" else ""
-    command, pattern = _VERSIONS[name]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    found = re.search(pattern, done.stdout + done.stderr)
-    return f"{name} {found[1]}" if found else ""
 
 
 def _print(columns: Sequence[Column]) -> None:

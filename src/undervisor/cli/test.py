@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -190,6 +191,8 @@ def _run(campaign: Campaign, repeat: int, jobs: int) -> list[Result]:
 
 def _summarize(found: Sequence[Result], seconds: float) -> None:
     """What failed, with the manual's words; what was skipped, and why; the totals."""
+    from undervisor.conformance.known import explain
+
     out = console()
     for result in found:
         if result.verdict.good:
@@ -198,6 +201,8 @@ def _summarize(found: Sequence[Result], seconds: float) -> None:
         put(out, result.test.title, indent=4)
         put(out, "; ".join(result.test.refs), indent=4, style="dim")
         put(out, f"→ {result.message}", indent=4)
+        if (known := explain(result)) is not None:
+            put(out, f"known: {known.what} {known.evidence}", indent=4, style="dim")
         for line in result.details.splitlines():
             put(out, line, indent=6, style="dim")
     reasons: dict[str, list[str]] = {}
@@ -224,11 +229,15 @@ def _compare(found: Sequence[Result]) -> None:
 
 
 def _write_pages(folder: Path, found: Sequence[Result]) -> None:
-    """The table and a page for each disagreement; pages of an earlier run go."""
-    from undervisor.conformance.compare import compare, pages
+    """The table, a page for each disagreement, the record; pages of an earlier run go."""
+    from undervisor.cli.versions import version_of
+    from undervisor.conformance.compare import compare
+    from undervisor.conformance.record import Record
 
-    command = " ".join(["undervisor", *sys.argv[1:]])
-    made = dict(pages(compare(found), command))
+    comparison = compare(found)
+    command = shlex.join(["undervisor", *sys.argv[1:]])
+    versions = {column: version_of(column) for column in comparison.columns}
+    made = dict(Record(comparison, command, versions).files())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.md"):
@@ -238,7 +247,7 @@ def _write_pages(folder: Path, found: Sequence[Result]) -> None:
         raise BadInput(f"{folder} cannot be used: {error.strerror}") from None
     for name, text in made.items():
         _write(folder / name, text, tell=False)
-    print(f"written: {len(made)} pages in {folder}", file=sys.stderr)
+    print(f"written: {len(made)} files in {folder}", file=sys.stderr)
 
 
 def _counted(found: Sequence[Result]) -> str:

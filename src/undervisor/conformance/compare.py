@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import groupby
+from typing import Final
 
 from undervisor.conformance.known import Known, explain
-from undervisor.conformance.results import row
 from undervisor.conformance.runner import Result, Verdict
 from undervisor.conformance.suite import GuestTest
 
@@ -81,35 +81,29 @@ def compare(results: Sequence[Result]) -> Comparison:
     return Comparison(tuple(columns), tuple(Row(test, found) for test, found in rows.items()))
 
 
-def as_data(comparison: Comparison) -> dict[str, Any]:
-    """The comparison for JSON."""
-    return {
-        "targets": list(comparison.columns),
-        "rows": [
-            {
-                "test": r.test.id,
-                "verdicts": {column: r.results[column].verdict.value for column in r.results},
-                "disagreements": [_disagreement(result) for result in r.disagreements],
-            }
-            for r in comparison.rows
-        ],
-    }
-
-
-def _disagreement(result: Result) -> dict[str, Any]:
-    known = explain(result)
-    return {**row(result), "known": known.what if known else None}
+def defects(comparison: Comparison, column: str) -> dict[Known, list[GuestTest]]:
+    """What is known of a target's defects, as far as the comparison shows them, with the tests."""
+    found: dict[Known, list[GuestTest]] = {}
+    for row in comparison.disagreements:
+        result = row.results.get(column)
+        if result is None or result.verdict.good:
+            continue
+        if (known := explain(result)) is not None:
+            found.setdefault(known, []).append(row.test)
+    return found
 
 
 # -- pages --------------------------------------------------------------------------------------
 
 
-def pages(comparison: Comparison, command: str) -> Iterator[tuple[str, str]]:
+def pages(
+    comparison: Comparison, command: str, versions: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """File names and texts: the table, and a page for each test on which somebody disagrees.
 
-    `command` is what made them.
+    `command` is what made them, `versions` what each column ran on.
     """
-    yield "README.md", "\n".join(_table(comparison, command)) + "\n"
+    yield "README.md", "\n".join(_overview(comparison, command, versions)) + "\n"
     for r in comparison.disagreements:
         yield page_name(r.test), "\n".join(_page(r)) + "\n"
 
@@ -120,7 +114,7 @@ def page_name(test: GuestTest) -> str:
     return f"{kept.strip('-')}.md"
 
 
-def _table(comparison: Comparison, command: str) -> Iterator[str]:
+def _overview(comparison: Comparison, command: str, versions: Mapping[str, str]) -> Iterator[str]:
     columns = comparison.columns
     yield "# The targets compared"
     yield ""
@@ -128,8 +122,8 @@ def _table(comparison: Comparison, command: str) -> Iterator[str]:
     yield "empty: no such processor there. A failed test links to its page: what the manual says,"
     yield "what each target did, and what is known."
     yield ""
-    yield "| | " + " | ".join(columns) + " |"
-    yield "|---|" + "---|" * len(columns)
+    yield from _head("", columns)
+    yield "| version | " + " | ".join(versions.get(c, "") for c in columns) + " |"
     for what, verdicts in (
         ("passed", {Verdict.PASSED}),
         ("skipped", {Verdict.SKIPPED}),
@@ -140,15 +134,31 @@ def _table(comparison: Comparison, command: str) -> Iterator[str]:
             for c in columns
         ]
         yield f"| {what} | " + " | ".join(str(number) for number in numbers) + " |"
-    aspect = ""
-    for r in comparison.rows:
-        if f"{r.test.vendor}.{r.test.aspect}" != aspect:
-            aspect = f"{r.test.vendor}.{r.test.aspect}"
-            yield from ("", f"## {aspect}", "", "| test | " + " | ".join(columns) + " |")
-            yield "|---|" + "---|" * len(columns)
-        name = r.test.id.removeprefix(f"{aspect}.")
-        shown = f"[{name}]({page_name(r.test)})" if r.disagreements else name
-        yield f"| {shown} | " + " | ".join(r.sign(c) for c in columns) + " |"
+    for column in columns:
+        yield from _defects(comparison, column)
+    for name, rows in groupby(comparison.rows, lambda r: f"{r.test.vendor}.{r.test.aspect}"):
+        yield from ("", f"## {name}", "")
+        yield from _head("test", columns)
+        for r in rows:
+            test = r.test.id.removeprefix(f"{name}.")
+            shown = f"[{test}]({page_name(r.test)})" if r.disagreements else test
+            yield f"| {shown} | " + " | ".join(r.sign(c) for c in columns) + " |"
+
+
+def _head(first: str, columns: Sequence[str]) -> Iterator[str]:
+    yield f"| {first} | " + " | ".join(columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+
+
+def _defects(comparison: Comparison, column: str) -> Iterator[str]:
+    """A target's defects, each with the tests that show it."""
+    found = defects(comparison, column)
+    if not found:
+        return
+    yield from ("", f"## What is wrong with {column}", "")
+    for known, tests in found.items():
+        links = ", ".join(f"[{test.id}]({page_name(test)})" for test in tests)
+        yield f"- {known.what} ({links})"
 
 
 def _page(r: Row) -> Iterator[str]:

@@ -1,10 +1,9 @@
-"""Defects of peers that are known: which test shows one, what it is, and the evidence."""
+"""What is known of one defect of a peer."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
 
 from undervisor.conformance.runner import Result
 
@@ -29,11 +28,3 @@ class Known:
             and re.fullmatch(self.tests, result.test.id)
             and re.search(self.message, result.message)
         )
-
-
-KNOWN: Final[tuple[Known, ...]] = ()
-
-
-def explain(result: Result) -> Known | None:
-    """What is known of a bad result; None where nothing is."""
-    return next((known for known in KNOWN if known.fits(result)), None)

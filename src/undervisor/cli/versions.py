@@ -1,0 +1,31 @@
+"""What version of a target's program is installed here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Final
+
+from undervisor import __version__
+
+_VERSIONS: Final = {
+    "qemu": (("qemu-system-x86_64", "--version"), r"QEMU emulator version ([\d.]+)"),
+    "bochs": (("bochs-bin", "--help", "cpu"), r"Bochs x86 Emulator ([\d.]+)"),
+}
+"""What a program is asked for its version, and where it is in the answer."""
+_PATIENCE: Final = 20.0
+
+
+def version_of(name: str) -> str:
+    """What a target says of its version; empty where it says nothing."""
+    if name not in _VERSIONS:
+        return f"undervisor {__version__}" if name == "builtin" else ""
+    command, pattern = _VERSIONS[name]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(pattern, done.stdout + done.stderr)
+    return f"{name} {found[1]}" if found else ""

@@ -1,0 +1,75 @@
+"""A comparison of targets as it was recorded: beside its pages, to be read and compared again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from undervisor.conformance.compare import Comparison, Row, pages
+from undervisor.conformance.runner import Result, Verdict
+from undervisor.conformance.suite import GuestTest, all_tests
+from undervisor.errors import BadInput
+
+NAME: Final = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A comparison, the command that made it, and what each column ran on."""
+
+    comparison: Comparison
+    command: str
+    versions: Mapping[str, str]
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """File names and texts: the pages, and the record itself."""
+        yield from pages(self.comparison, self.command, self.versions)
+        yield NAME, as_json(self)
+
+
+def as_json(record: Record) -> str:
+    """What `from_json` reads; a line for each test."""
+    versions = {column: record.versions.get(column, "") for column in record.comparison.columns}
+    head = f'"command": {_dump(record.command)},\n"versions": {_dump(versions)}'
+    rows = ",\n".join(
+        f"{_dump(row.test.id)}: {_dump(_plain(row))}" for row in record.comparison.rows
+    )
+    return f'{{\n{head},\n"tests": {{\n{rows}\n}}\n}}\n'
+
+
+def from_json(text: str) -> Record:
+    """A record as it was saved; BadInput where it names a test that is none."""
+    data = json.loads(text)
+    tests = {test.id: test for test in all_tests()}
+    gone = [name for name in data["tests"] if name not in tests]
+    if gone:
+        raise BadInput(
+            f"the comparison names tests that are none: {', '.join(gone)}",
+            hint=f"make it anew: {data['command']}",
+        )
+    rows = tuple(_row(tests[name], found) for name, found in data["tests"].items())
+    return Record(Comparison(tuple(data["versions"]), rows), data["command"], data["versions"])
+
+
+def _plain(row: Row) -> dict[str, list[str]]:
+    """Each column's target, verdict and, where that is not passed, message."""
+    return {
+        column: [result.target, result.verdict.value, *([result.message] if result.message else [])]
+        for column, result in row.results.items()
+    }
+
+
+def _row(test: GuestTest, found: Mapping[str, list[str]]) -> Row:
+    return Row(
+        test,
+        {
+            column: Result(test, target, Verdict(verdict), "".join(message))
+            for column, (target, verdict, *message) in found.items()
+        },
+    )
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
