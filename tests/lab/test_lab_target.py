@@ -62,7 +62,7 @@ class StandInLab:
 
     def close(self):
         self.closed = True
-        self.line.close()
+        assert self.line.fileno() == -1, "the target closes the stream that it asked for"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

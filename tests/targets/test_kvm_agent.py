@@ -299,6 +299,18 @@ def test_the_agent_ends_with_its_line():
         assert process.wait(20) == 0
 
 
+def test_an_agent_that_is_gone_starts_nothing():
+    with an_agent(*command("says")) as (stream, process):
+        over = BridgeTarget(stream)
+        assert over.facts.most_cpus == 8
+        assert over.alive
+        process.kill()
+        process.wait()
+        with pytest.raises(BadInput, match="the agent is gone"):
+            over.start(JOB)
+        assert not over.alive
+
+
 def test_words_on_the_line_before_the_first_frame_do_no_harm():
     with an_agent(*command("says")) as (stream, _):
         stream.send(b"\r\nwelcome\r\n" + say(Word.OPEN, 0)[:9])

@@ -7,6 +7,7 @@ The tests run here: in L1 there is only the agent of the `kvm` target.
 from __future__ import annotations
 
 import atexit
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -46,7 +47,7 @@ class LabTarget:
         self._make = make
         self._lab: Lab | None = None
         self._bridge: BridgeTarget | None = None
-        atexit.register(self.close)
+        self._line: socket.socket | None = None
 
     @property
     def abilities(self) -> Abilities:
@@ -59,16 +60,22 @@ class LabTarget:
 
     def close(self) -> None:
         """End L1."""
-        lab, self._lab, self._bridge = self._lab, None, None
+        atexit.unregister(self.close)
+        lab, line = self._lab, self._line
+        self._lab = self._line = self._bridge = None
+        if line is not None:
+            line.close()
         if lab is not None:
             lab.close()
 
     def _up(self) -> BridgeTarget:
         if self._bridge is None or not self._bridge.alive:
             self.close()
+            atexit.register(self.close)
             self._lab = self._make()
             self._lab.start(levels=1)
             self._lab.level(1).run(AGENT)
-            stream = SocketStream(self._lab.stream(ports.AGENT))
+            self._line = self._lab.stream(ports.AGENT)
+            stream = SocketStream(self._line)
             self._bridge = BridgeTarget(stream, self.name, patience=PATIENCE)
         return self._bridge
