@@ -14,7 +14,7 @@ from undervisor.lab.levels import session
 from undervisor.lab.levels.comparison import compare
 from undervisor.lab.levels.deliver import folder_on, put_program, shell
 from undervisor.lab.levels.measures import DISK, MEASURES
-from undervisor.lab.levels.program import program
+from undervisor.lab.levels.program import Run, program
 from undervisor.lab.levels.session import Effort, Findings, Subject, measure
 
 TINY = Effort(2, 1, 50_000)
@@ -107,6 +107,22 @@ def test_a_round_that_fails_takes_the_others_with_it():
     found.lack("cpu", "L1", errno.errorcode[5])
     assert found.costs["cpu"] == {}
     assert found.missing["cpu"] == {"L1": "EIO"}
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "words"),
+    [
+        ("disk-read", errno.EINVAL, "past the page cache"),
+        ("disk-read", errno.ENOSPC, "No space left"),
+        ("loopback", errno.EINVAL, "Invalid argument"),
+    ],
+)
+def test_what_fails_at_a_level_says_why(key, number, words, monkeypatch):
+    (one,) = (one for one in MEASURES if one.key == key)
+    said = Run("", {}, {one.place: number}, 1.0)
+    monkeypatch.setattr(session, "parse", lambda text: said)
+    found = measure([Subject(0, LiveHost())], TINY, with_tools=False)
+    assert words in found.missing[key]["L0"]
 
 
 def test_the_program_fits_a_terminals_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def _round(found: Findings, level: _Ready, effort: Effort, used: Sequence[tools.
         if one.place in run.samples:
             found.keep(one.key, name, min(run.samples[one.place]))
         elif one.place in run.failed:
-            found.lack(one.key, name, os.strerror(run.failed[one.place]))
+            found.lack(one.key, name, _why(one, run.failed[one.place]))
         else:
             found.lack(one.key, name, level.no_disk)
     for tool in used:
@@ -152,6 +153,13 @@ def _round(found: Findings, level: _Ready, effort: Effort, used: Sequence[tools.
             found.keep(tool.measure.key, name, tool.run(host, level.disk, DISK_BYTES))
         except (BadInput, ValueError) as error:
             found.lack(tool.measure.key, name, str(error))
+
+
+def _why(one: Measure, number: int) -> str:
+    """An error number in words.  open(2): EINVAL is a file system that does not do O_DIRECT."""
+    if one.key in DISK and number == errno.EINVAL:
+        return "its file system can't be read past the page cache"
+    return os.strerror(number)
 
 
 def _run(level: _Ready, effort: Effort) -> tuple[Run, float]:
