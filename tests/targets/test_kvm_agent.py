@@ -18,9 +18,11 @@ from undervisor.errors import BadInput, TimedOut
 from undervisor.guest.image import Image
 from undervisor.guest.probe.program import program
 from undervisor.targets import End, How, Job, bridge
-from undervisor.targets.bridge import BridgeTarget, Link
+from undervisor.targets.bridge import BridgeTarget
 from undervisor.targets.kvm import agent as agent_module
+from undervisor.targets.kvm import link as link_module
 from undervisor.targets.kvm.archive import agent
+from undervisor.targets.kvm.link import Link
 from undervisor.targets.kvm.target import KvmTarget, SocketStream
 from undervisor.targets.kvm.words import Word, answer, say
 
@@ -227,7 +229,7 @@ def test_an_image_that_does_not_fit_is_refused():
 
 
 def test_a_program_that_is_no_agent_is_quoted(monkeypatch):
-    monkeypatch.setattr(bridge, "OPEN_TIME", 1.0)
+    monkeypatch.setattr(link_module, "OPEN_TIME", 1.0)
     with pytest.raises(BadInput, match="no agent answers within 1 s; last heard: login:"):
         KvmTarget(agent=("/bin/sh", "-c", "echo login:; sleep 5")).start(JOB)
 

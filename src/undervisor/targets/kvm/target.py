@@ -16,8 +16,9 @@ from typing import Final
 
 from undervisor.errors import BadInput
 from undervisor.targets import Abilities, Job
-from undervisor.targets.bridge import BridgeRunning, Link, abilities, begin
+from undervisor.targets.bridge import BridgeRunning, abilities, begin
 from undervisor.targets.kvm.device import Facts, Kernel, facts
+from undervisor.targets.kvm.link import Link
 
 HOST: Final = "host"
 """The only CPU model: what KVM can give."""
