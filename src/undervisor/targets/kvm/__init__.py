@@ -11,5 +11,5 @@
     device    /dev/kvm itself
     archive   the agent as one file, for machines that have Python and nothing of ours
 
-All but `target`, `link` and `archive` need only the standard library, so that they run inside any Linux.
+All but `target` and `archive` need only the standard library, so that they run inside any Linux.
 """
