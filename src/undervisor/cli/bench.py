@@ -52,6 +52,9 @@ class Effort:
     check_seconds: float
 
 
+# Which peers run a vendor's test, and the share of their time that ours may take.
+TEST_LIMITS: Final = {"svm": {"qemu": 0.5, "bochs": 0.5}, "vmx": {"bochs": 0.5}}
+
 QUICK: Final = Effort(1_000, 500_000, 30_000, 5, 5_000, 2, 3, 0.2)
 FULL: Final = Effort(2_000, 2_000_000, 100_000, 7, 10_000, 5, 7, 1.0)
 
@@ -121,6 +124,7 @@ def _steps(effort: Effort, *, long: bool) -> Iterator[Step]:
     yield "process starts", partial(_starts, effort)
     yield "memory", _memory
     yield "checks of VM entry", partial(_checks, effort)
+    yield "a guest test on each target", partial(_tests, effort)
     if long:
         for vendor in ("vmx", "svm"):
             yield f"a million {vendor.upper()} round trips", partial(_growth, vendor)
@@ -216,6 +220,25 @@ def _checks(effort: Effort) -> list[Row]:
             incremental >= 50_000,
         ),
     ]
+
+
+def _tests(effort: Effort) -> list[Row]:
+    """Boot the probe and run one test, on our L0 and on its peers in turn."""
+    from undervisor.cli import measure as m
+
+    rows = []
+    for vendor, peers in TEST_LIMITS.items():
+        seen = m.one_test(vendor, list(peers), effort.turns)
+        ours = seen.pop("builtin")
+        rows.append(Row(f"probe and one {vendor.upper()} test", median(ours) * 1e3, "ms"))
+        for peer, times in seen.items():
+            if not times:
+                rows.append(Row(f"the same on {peer}: not measured, it is not here", 0, ""))
+                continue
+            ratio, most = _ratio(ours, times), peers[peer]
+            rows.append(Row(f"the same on {peer}", median(times) * 1e3, "ms"))
+            rows.append(Row(f"ours / {peer}'s", ratio, "", f"at most {most}", ratio <= most))
+    return rows
 
 
 def _growth(vendor: str) -> list[Row]:

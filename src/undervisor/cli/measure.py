@@ -27,7 +27,7 @@ from undervisor.arch.vmx.capabilities import CURRENT_PROCESSOR
 from undervisor.arch.vmx.checks import ENTRY_RULES, EntryChecker, first_failure
 from undervisor.arch.vmx.fields import VmcsField
 from undervisor.cli.resident import resident_bytes
-from undervisor.errors import GuestDied
+from undervisor.errors import GuestDied, UndervisorError
 from undervisor.guest.image import Image
 from undervisor.guest.loops import COMPUTE, MEMORY, ROUND_TRIPS_SVM, ROUND_TRIPS_VMX, Loop
 from undervisor.hypervisor import models
@@ -259,6 +259,38 @@ class CheckRates:
     full: float
     incremental: float
     plain: float
+
+
+ONE_TEST: Final = {
+    "vmx": ("vmx.exits.cpuid_always_exits", "intel"),
+    "svm": ("svm.state.an_exit_clears_the_injected_event", "amd"),
+}
+
+
+def one_test(vendor: str, peers: list[str], times: int) -> dict[str, list[float]]:
+    """Seconds to boot the probe and run one test, on our L0 and on peers, in turn.
+
+    The first start on each is not counted; a peer that is not installed has no times.
+    """
+    from undervisor.conformance.runner import run_test
+    from undervisor.conformance.suite import select
+    from undervisor.targets import catalogue
+
+    name, cpu = ONE_TEST[vendor]
+    (test,) = select([name])
+    targets = {"builtin": catalogue.named("builtin", cpu)}
+    seen: dict[str, list[float]] = {"builtin": []}
+    for peer in peers:
+        seen[peer] = []
+        with contextlib.suppress(UndervisorError):
+            target = catalogue.named(peer, cpu)
+            if run_test(test, target).verdict.good:
+                targets[peer] = target
+    run_test(test, targets["builtin"])
+    for _ in range(times):
+        for where, target in targets.items():
+            seen[where].append(run_test(test, target).seconds)
+    return seen
 
 
 def checks(seconds: float) -> CheckRates:
