@@ -93,7 +93,5 @@ class NestedSvm:
         return None
 
     def reset(self, vcpu: Vcpu) -> None:
-        """INIT: GIF is set, and no L2 is left."""
-        vcpu.gif = True
-        vcpu.l2_tsc_offset = 0
-        self.state.reset()
+        """INIT, which waits while GIF is clear: no translation is kept."""
+        self.shadows.stale = True

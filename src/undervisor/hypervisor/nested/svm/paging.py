@@ -160,8 +160,7 @@ class Shadows:
             self._key, asked = key, True
         if (asked or asid != shadow.asid) and not shadow.is_current():
             shadow.clear()
-        if self.stale:
-            self._drop_stale(shadow)
+        self.stale = False  # of the others, each is looked at when it is next chosen
         shadow.asid = asid
         self.current = shadow
         return shadow
@@ -176,13 +175,6 @@ class Shadows:
         except MemoryError:
             make_room(vcpu)
             return Shadow(self._memory, n_cr3, rules)
-
-    def _drop_stale(self, current: Shadow) -> None:
-        """An invalidation meant the other shadows as well: they are looked at when next used."""
-        for shadow in self._all.values():
-            if shadow is not current:
-                shadow.asid = -1
-        self.stale = False
 
 
 def make_room(vcpu: Vcpu) -> None:
@@ -206,11 +198,12 @@ def fault(vcpu: Vcpu, svm: SvmState, exit: Exit) -> Verdict | None:
         purpose = _purpose(vcpu, exit, gpa) if kind & WRITE else Purpose.FINAL_ADDRESS
         info = found.exit_info1 & ~Purpose.FINAL_ADDRESS | purpose
         return reflect_fault(vcpu, svm, NestedPageFault(info, gpa), exit.event)
+    fill = partial(shadow.fill, gpa, found, write=bool(kind & WRITE))
     try:
-        filled = shadow.fill(gpa, found, write=bool(kind & WRITE))
+        filled = fill()
     except MemoryError:
         make_room(vcpu)
-        filled = shadow.fill(gpa, found, write=bool(kind & WRITE))
+        filled = fill()
     return RESUME if filled else None
 
 

@@ -50,26 +50,15 @@ class SvmState:
         self.shadows = Shadows(memory)
         self.vmcb12: SiliconVmcb | None = None
         self.broken: SvmVerdict | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """As after INIT: no world is suspended."""
         self.controls = b""
-        self.wanted = 0
-        self.virtual = 0
-        self.vector = 0
-        self.iopm = 0
-        self.msrpm = 0
-        self.host_interrupts = False
-        self.host_pat = 0
-        self.nested_paging = False
-        self.virtual_vmload = False
-        self.pauses_left = 0
-        self.monitor_armed = False
         self.owes_error_code = False
-        self.software_rip: int | None = None
         self.reason = ""
-        self.shadows.stale = True
+        # Each VMRUN sets these.
+        self.wanted = self.iopm = self.msrpm = 0
+        self.virtual = self.vector = self.host_pat = self.pauses_left = 0
+        self.host_interrupts = self.nested_paging = self.virtual_vmload = False
+        self.monitor_armed = False
+        self.software_rip: int | None = None
 
     def at(self, gpa: int) -> SiliconVmcb:
         """The VMCB at a guest-physical address of L1; where there is no RAM it reads as ones."""
