@@ -5,10 +5,13 @@ BIN    := $(VENV)/bin
 # The tests of libvirt want its Python module, which can be built only where libvirt-dev is.
 EXTRAS := test$(shell pkg-config --exists libvirt 2>/dev/null && echo ,libvirt)
 
-.PHONY: run test deep bench lint clean
+.PHONY: run demo test deep bench lint clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed
+	@$(BIN)/undervisor test
+
+demo: $(VENV)/.installed
 	@$(BIN)/undervisor demo
 
 test: $(VENV)/.installed-test
