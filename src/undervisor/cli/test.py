@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -201,6 +201,8 @@ def _summarize(found: Sequence[Result], seconds: float) -> None:
         put(out, result.test.title, indent=4)
         put(out, "; ".join(result.test.refs), indent=4, style="dim")
         put(out, f"→ {result.message}", indent=4)
+        for line in _alike(result):
+            put(out, line, indent=4)
         if (known := explain(result)) is not None:
             put(out, f"known: {known.what} {known.evidence}", indent=4, style="dim")
         for line in result.details.splitlines():
@@ -214,6 +216,21 @@ def _summarize(found: Sequence[Result], seconds: float) -> None:
         put(out, f"skipped {len(names)} on {reason}", style="yellow")
         put(out, ", ".join(dict.fromkeys(names)), indent=4, style="dim")
     put(out, f"{_counted(found)} in {seconds:.1f} s")
+
+
+def _alike(result: Result) -> Iterator[str]:
+    """The known bugs that make a test fail in this way."""
+    from undervisor.conformance.catches import CATCHES
+    from undervisor.conformance.known import explain
+    from undervisor.hypervisor.quirks import CATALOGUE
+
+    for name, catches in CATCHES.items():
+        if any(c.test == result.test.id and c.words in result.message for c in catches):
+            quirk = CATALOGUE[name]
+            yield f"as the known bug {name}: {quirk.about} (seen: {quirk.source})"
+    known = explain(result)
+    if known is not None:
+        yield f"known of this target: {known.what}"
 
 
 def _compare(found: Sequence[Result]) -> None:
