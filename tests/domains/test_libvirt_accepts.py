@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from broken_guests import CASES
 from guide_examples import EXAMPLES, mapping, produce
 from machines import machine
 from tcg import empty_qcow2, for_tcg
@@ -16,6 +17,7 @@ from undervisor.domains.connection import Libvirt
 from undervisor.domains.harden import Options, harden
 from undervisor.domains.host_topology import topology
 from undervisor.domains.libvirt_xml import DomainXml
+from undervisor.domains.limits import Weight, problems
 from undervisor.domains.model import Guest, Memory, Policy
 from undervisor.domains.nesting import View, lacks
 from undervisor.domains.recommend import Need, recommend
@@ -200,3 +202,25 @@ def test_verify_says_why_it_can_not_look_inside(libvirt, capsys):
     assert "agent" in capsys.readouterr().err
     assert undervisor(*base, "--console") == 2
     assert "console" in capsys.readouterr().err
+
+
+REFUSED = [
+    (id_, guest)
+    for id_, guest in CASES
+    if any(p.id == id_ and p.weight is Weight.REFUSED for p in problems(guest))
+]
+
+
+@pytest.mark.parametrize(("id_", "guest"), REFUSED, ids=[id_ for id_, _ in REFUSED])
+def test_what_we_say_will_not_start_does_not(id_, guest, libvirt):
+    cells = tuple(replace(c, memory=32 << 10) for c in guest.cpu.cells)
+    small = replace(guest, type="qemu", machine="q35", cpu=replace(guest.cpu, cells=cells),
+                    memory=replace(guest.memory, size=64 << 10))  # fmt: skip
+    text = DomainXml.new(small).text
+    with pytest.raises(BadInput, match=r"libvirt can't (define|start)"):
+        define_and_start(libvirt, small.name, text)
+
+
+def define_and_start(libvirt, name, text):
+    libvirt.define(text)
+    libvirt.start(name)

@@ -100,8 +100,7 @@ class Libvirt:
 
     def network_text(self, name: str) -> str:
         """A network's XML."""
-        flag = self.library.VIR_NETWORK_XML_INACTIVE
-        return str(self._ask(f"read {name}", lambda: self.network(name).XMLDesc(flag)))
+        return str(self._ask(f"read {name}", lambda: self.network(name).XMLDesc(0)))
 
     def define_network(self, text: str) -> None:
         """Define a network; BadInput where it is no network at all."""

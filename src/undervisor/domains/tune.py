@@ -72,11 +72,8 @@ def _cpu(guest: Guest, context: Context) -> Chosen:
 def _pins(guest: Guest, context: Context) -> Chosen:
     placement = context.placement
     if placement is None:
-        why = (
-            "no node has so many cores, nor threads in whole cores"
-            if context.host.nodes
-            else ("the host's processors can't be read")
-        )
+        why = "no node has so many cores, nor threads in whole cores"
+        why = why if context.host.cores else "the host's processors can't be read"
         return _one(
             guest,
             Outcome.REFUSED,
