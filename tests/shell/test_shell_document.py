@@ -23,7 +23,7 @@ def steps(session):
     """What is typed, and what it printed."""
     for part in re.split(r"^>>> ", session, flags=re.MULTILINE)[1:]:
         typed, _, printed = part.partition("\n")
-        yield typed, printed.removeprefix("...\n").rstrip("\n")
+        yield typed, printed.rstrip("\n")
 
 
 def typed_again(names, statement):
