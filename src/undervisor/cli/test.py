@@ -221,16 +221,12 @@ def _summarize(found: Sequence[Result], seconds: float) -> None:
 def _alike(result: Result) -> Iterator[str]:
     """The known bugs that make a test fail in this way."""
     from undervisor.conformance.catches import CATCHES
-    from undervisor.conformance.known import explain
     from undervisor.hypervisor.quirks import CATALOGUE
 
     for name, catches in CATCHES.items():
         if any(c.test == result.test.id and c.words in result.message for c in catches):
             quirk = CATALOGUE[name]
             yield f"as the known bug {name}: {quirk.about} (seen: {quirk.source})"
-    known = explain(result)
-    if known is not None:
-        yield f"known of this target: {known.what}"
 
 
 def _compare(found: Sequence[Result]) -> None:

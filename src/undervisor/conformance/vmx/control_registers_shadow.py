@@ -79,7 +79,7 @@ PERIODIC, MASKED, DIVIDE_BY_1, ENABLED = 1 << 17, 1 << 16, 0xB, 0x1FF
 
 
 @guest_test("SDM: Guest/Host Masks and Read Shadows for CR0 and CR4",
-            "SDM: Asynchronous Events", seconds=60)  # fmt: skip
+            "SDM: Asynchronous Events")  # fmt: skip
 def the_cr4_read_shadow_holds_through_timer_interrupts(lab: VmxLab) -> None:
     """CR4 reads by mask and shadow through interrupts of L1's own timer, each of which exits.
 

@@ -78,7 +78,7 @@ def an_interrupt_that_does_not_exit_is_l2s(lab: VmxLab) -> None:
     lab.l1.apic_write(EOI, 0)
 
 
-@guest_test("SDM: Activity State", "SDM: Saving Non-Register State")
+@guest_test("SDM: Activity State", "SDM: Saving Non-Register State", seconds=5)
 def an_interrupt_exits_from_hlt_and_the_state_is_saved(lab: VmxLab) -> None:
     """An interrupt that ends L2's HLT by an exit leaves the activity state HLT in the VMCS."""
     changes = lab.on_exit(_pin(lab, external_interrupt_exiting=1), acknowledge_interrupt=1)
@@ -94,7 +94,8 @@ def an_interrupt_exits_from_hlt_and_the_state_is_saved(lab: VmxLab) -> None:
 # -- the interrupt window and shadows --------------------------------------------------------------
 
 
-@guest_test("SDM: Primary Processor-Based VM-Execution Controls", "SDM: Other Causes of VM Exits")
+@guest_test("SDM: Primary Processor-Based VM-Execution Controls", "SDM: Other Causes of VM Exits",
+            seconds=5)  # fmt: skip
 def the_interrupt_window_opens_when_nothing_blocks(lab: VmxLab) -> None:
     """Interrupt-window exiting: before any instruction with IF = 1 and no blocking by STI, MOV SS.
 
