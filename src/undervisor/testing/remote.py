@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 GRACE: Final = 5.0
 """Seconds after its time limit that a machine has to stop by itself."""
+BOOT_SECONDS: Final = 60.0
+"""Seconds that a machine may take to be made, which is not the guest's time."""
 _HINT: Final = "more with @pytest.mark.undervisor(timeout=SECONDS) or --undervisor-timeout"
 
 
@@ -85,7 +87,7 @@ class BootedVm(Expectations):
         with theirs:
             self._process.start()
         try:
-            self._reply(limit.left)
+            self._reply(BOOT_SECONDS)
         except BaseException:
             self.close()
             raise
