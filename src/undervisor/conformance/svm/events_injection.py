@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 from undervisor.arch.svm.exits import ExitCode
@@ -117,7 +118,8 @@ def an_error_code_is_pushed_as_ev_says(lab: SvmLab) -> None:
 
 DELIVERED: Final = {
     "interrupt": (0x55, INTR, None), "NMI": (2, NMI, None), "#GP": (13, EXCEPTION, 0x1234),
-    "#UD": (6, EXCEPTION, None), "INT n": (0x80, SOFTWARE, None),
+    "#UD": (6, EXCEPTION, None), "INT n": (0x80, SOFTWARE, None), "#BP": (3, EXCEPTION, None),
+    "interrupt 3": (3, INTR, None),
 }  # fmt: skip
 
 
@@ -156,15 +158,19 @@ def a_nested_page_fault_in_the_delivery_names_the_event(lab: SvmLab) -> None:
 
 @guest_test("APM: EXITINTINFO", "APM: Nested Paging", needs=[NPT])
 def l2s_own_events_are_named_when_their_delivery_exits(lab: SvmLab) -> None:
-    """INT n, INT3 and an exception of L2 whose delivery meets a nested page fault are named."""
+    """INT n, INT3 and an exception of L2 whose delivery meets a nested page fault are named.
+
+    So they are where L1 intercepts an exception that does not happen.
+    """
     places, changes = lab.places, lab.npt(12) | {F.TLB_CONTROL: 1}
     page = places.stack - 0x1000
-    for text, vector, kind, error in (
+    events = (
         ("int $0x80", 0x80, SOFTWARE, None), ("int3", 3, EXCEPTION, None),
         ("ud2", 6, EXCEPTION, None), ("mov $0x1238, %eax; mov %eax, %ds", 13, EXCEPTION, 0x1238),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for wants, (text, vector, kind, error) in product(((), (Intercept.EXCP_OF,)), events):
         lab.write_u64(lab.nested_entry(page), 0)
-        run = lab.run(text, changes)
+        run = lab.run(text, changes, wants=wants)
         run.exits_with(ExitCode.NPF)
         run.interrupted(vector, kind, error)
         at = len(lab.assemble(text.split(";")[0])) if ";" in text else 0

@@ -211,6 +211,27 @@ def a_nested_page_fault_brings_the_instructions_bytes(lab: SvmLab) -> None:
     equal("bytes of a fetch that is refused", run[F.FETCHED_BYTES] & 0xF, 0)
 
 
+@guest_test("APM: Nested Paging", "APM: Decode Assists", needs=[NPT, feature("decode_assists")])
+def the_instructions_bytes_end_where_memory_does(lab: SvmLab) -> None:
+    """At the end of a page the bytes are those of both pages, or of the one that is there."""
+    places = lab.places
+    at = places.code + 0x1000 - 10
+    lab.code(f"{WRITE}; 1: jmp 1b", at)
+    lab.write(places.code + 0x1000, bytes(range(0x50, 0x60)))
+    for there in (True, False):
+        begin = lab.npt(12) | {F.RIP: at, F.TLB_CONTROL: 1}
+        lab.write_u64(lab.nested_entry(places.data), 0)
+        if not there:
+            lab.write_u64(lab.nested_entry(places.code + 0x1000), 0)
+        run = lab.run(None, begin)
+        run.exits_with(ExitCode.NPF, info2=places.data + 8)
+        length = run[F.FETCHED_BYTES] & 0xF
+        fetched = run[F.GUEST_INSTRUCTION_BYTES].to_bytes(15, "little")
+        most = 15 if there else 10
+        true(f"there must be 8 to {most} bytes of the instruction", 8 <= length <= most, length)
+        equal("the bytes", fetched[:length], lab.read(at, length))
+
+
 @guest_test("APM: Nested Paging", "APM: TLB Control", needs=[NPT])
 def a_page_that_l1_adds_is_there_without_a_flush(lab: SvmLab) -> None:
     """An L2 that faulted goes on after L1 has made the nested entry present."""

@@ -8,7 +8,7 @@ from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.intercepts import Intercept
 from undervisor.arch.svm.vmcb import SIZE, EventInfo, VirtualInterrupt
 from undervisor.arch.svm.vmcb import VmcbField as F
-from undervisor.arch.x86.events import EventType
+from undervisor.arch.x86.events import EventType, Vector
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer
 from undervisor.conformance.expect import each, equal
 from undervisor.conformance.places import CS64, DS
@@ -117,20 +117,60 @@ def the_host_finds_its_state_again(lab: SvmLab) -> None:
 
 @guest_test("APM: #VMEXIT", "APM: VMRUN Instruction")
 def the_hosts_flags_come_back_and_its_breakpoints_do_not(lab: SvmLab) -> None:
-    """#VMEXIT restores RFLAGS as VMRUN found them, and sets DR7 to "all disabled"."""
+    """#VMEXIT restores RFLAGS as VMRUN found them, and sets DR7 to "all disabled".
+
+    So it does where VMRUN fails.
+    """
     lab.code("xor %ebx, %ebx")
     flags = 0x891 | 2
     code = f"""
         mov $0x455, %ebx; mov %rbx, %dr7; vmload %rax
         push ${flags}; popfq; vmrun %rax; pushfq; pop %rbx; mov %dr7, %rcx; stgi
     """
-    with lab.batch() as batch:
-        lab.plan_launch(batch, bytes(lab.area({F.RFLAGS: 0x46})))
-        batch.vmsave(lab.places.scratch)
-        ran = batch.call(lab.assemble(code), {"rax": lab.places.control}, ["rbx", "rcx"])
-        batch.vmload(lab.places.scratch)
-    equal("the host's RFLAGS", ran.value["rbx"], flags)
-    equal("the host's DR7", ran.value["rcx"], 0x400)
+    for name, asid in (("a VMRUN", 1), ("a VMRUN that fails", 0)):
+        with lab.batch() as batch:
+            lab.plan_launch(batch, bytes(lab.area({F.RFLAGS: 0x46, F.GUEST_ASID: asid})))
+            batch.vmsave(lab.places.scratch)
+            ran = batch.call(lab.assemble(code), {"rax": lab.places.control}, ["rbx", "rcx"])
+            batch.vmload(lab.places.scratch)
+        equal(f"the host's RFLAGS after {name}", ran.value["rbx"], flags)
+        equal(f"the host's DR7 after {name}", ran.value["rcx"], 0x400)
+
+
+DR6: Final = "mov %dr6, %rbx; xor %eax, %eax; mov %rax, %dr7; mov $0xffff0ff0, %eax; mov %rax, %dr6"
+"""DR6 into RBX, and debugging off."""
+
+
+@guest_test("APM: VMRUN and TF/RF Bits in EFLAGS", "APM: Debug Registers")
+def a_breakpoint_on_vmrun_comes_before_it(lab: SvmLab) -> None:
+    """An instruction breakpoint on VMRUN is #DB, DR6 naming it, unless RFLAGS.RF is 1.
+
+    One that is off, or for data, or elsewhere, is none.
+    """
+    lab.code("nop")
+    area, got, wanted = bytes(lab.area()), {}, {}
+    cases = {f"DR{n}, {'global' if bit else 'local'}": (n, 1 << 2 * n + bit, 0x2, 0)
+             for n in range(4) for bit in (0, 1)}  # fmt: skip
+    cases |= {
+        "off": (0, 0, 0x2, 0), "data writes": (0, 1 | 1 << 16, 0x2, 0),
+        "elsewhere": (0, 1, 0x2, 1), "with RF": (0, 1, 0x10002, 0),
+    }  # fmt: skip
+    for name, (n, enable, flags, away) in cases.items():
+        code = f"""
+            lea 1f+{away}(%rip), %rbx; mov %rbx, %dr{n}
+            mov ${0x400 | enable:#x}, %ebx; mov %rbx, %dr7; lea 1f(%rip), %rbx
+            mov %rsp, %rdx; mov %ss, %ecx; push %rcx; push %rdx; push ${flags:#x}
+            mov %cs, %ecx; push %rcx; push %rbx; iretq
+            1: vmrun %rax; stgi
+        """
+        with lab.batch() as batch:
+            lab.plan_launch(batch, area)
+            ran = batch.call(lab.assemble(code), {"rax": lab.places.control}, [])
+            after = batch.call(lab.assemble(DR6), {}, ["rbx"])
+        hit = len(wanted) < 8
+        got[name] = (ran.fault.vector if ran.fault else None, after.value["rbx"] & 0xF)
+        wanted[name] = (int(Vector.DB), 1 << n) if hit else (None, 0)
+    each("the exception and DR6", got, lambda name: wanted[name])
 
 
 @guest_test("APM: #VMEXIT", "APM: VMCB Layout, State Save Area")
