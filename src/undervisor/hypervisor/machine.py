@@ -136,7 +136,8 @@ class Machine:
         for vcpu, lapic in zip(self.vcpus, self.platform.lapics, strict=True):
             vcpu.lapic = lapic
             vcpu.exit = Exit(vcpu)
-            self._prepare(vcpu.vmcb01)
+            for vmcb in (vcpu.vmcb01, vcpu.vmcb02):
+                self._prepare(vmcb)
             vcpu.nested = nested_for(vcpu)
             vcpu.l1_handlers = {**EXITS, **vcpu.nested.l1_exits}
             vcpu.l2_handlers = {**EXITS, **vcpu.nested.l2_exits}
@@ -144,14 +145,14 @@ class Machine:
         apply_quirks(self, self.quirks)
 
     def _prepare(self, vmcb: SiliconVmcb) -> None:
-        """The controls of L1's VMCB."""
+        """The controls of L1's VMCB; L2's begins like it, and gets other intercepts and tables."""
         vmcb.b[0:24] = b"".join(word.to_bytes(4, "little") for word in _L1_INTERCEPTS)
         vmcb.n_cr3 = self.npt01.root
         vmcb.nested_control = 1
         vmcb.guest_asid = 1
-        vmcb.msrpm_base_pa = self.all_msrs()
+        vmcb.msrpm_base_pa = self._all_msrs()
 
-    def all_msrs(self) -> int:
+    def _all_msrs(self) -> int:
         """An MSR permission map that intercepts every access; two contiguous private pages."""
         if not hasattr(self, "_msrpm"):
             first, second = self.memory.frames.allocate(), self.memory.frames.allocate()

@@ -226,14 +226,18 @@ class Vcpu:
 
     def advance(self, length: int) -> int:
         """Complete an instruction of `length` bytes; the silicon's action to go on with."""
+        self.pass_over(length)
+        if self.state.q[_RFLAGS] & _TRAP_FLAG or self.debug_conditions:
+            return self.machine.raise_trap(self, self._debug_trap())
+        return RUN_ON
+
+    def pass_over(self, length: int) -> None:
+        """RIP goes behind an instruction of `length` bytes, and the interrupt shadow ends."""
         q, d = self.state.q, self.state.d
         rip, hflags = q[_RIP] + length, d[_HFLAGS]
         q[_RIP] = rip if hflags & _CODE64 else rip & 0xFFFF_FFFF
         if hflags & _SHADOW:
             d[_HFLAGS] = hflags & ~_SHADOW
-        if q[_RFLAGS] & _TRAP_FLAG or self.debug_conditions:
-            return self.machine.raise_trap(self, self._debug_trap())
-        return RUN_ON
 
     def _debug_trap(self) -> Fault:
         """The #DB after an instruction or an iteration, with DR6 saying why."""

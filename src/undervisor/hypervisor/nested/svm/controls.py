@@ -35,11 +35,7 @@ def merge(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb) -> None:
         merged |= _CONTRIBUTORY << Intercept.EXCP_DE
     if wanted >> Intercept.RDTSCP & 1:
         merged |= 1 << Intercept.RDTSC
-    vmcb02 = vcpu.vmcb02
-    vmcb02.b[0:24] = merged.to_bytes(24, "little")
-    vmcb02.nested_control = 1
-    vmcb02.guest_asid = 1
-    vmcb02.msrpm_base_pa = vcpu.machine.all_msrs()
+    vcpu.vmcb02.b[0:24] = merged.to_bytes(24, "little")
 
 
 # Intercepts that have no effect here, and why.

@@ -12,48 +12,27 @@ from undervisor.arch.svm.vmcb import LbrControl, NestedControl
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import EventType, Vector
 from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import (
-    DR6_FIXED_ONE,
-    DR7_FIXED_ONE,
-    Cr0,
-    Efer,
-    Rflags,
-)
+from undervisor.arch.x86.registers import DR7_FIXED_ONE, Rflags
 from undervisor.hypervisor.nested.svm import controls
 from undervisor.hypervisor.nested.svm.exit import host_goes_on, write_information
 from undervisor.hypervisor.verdict import SWITCHED, Switched, Verdict
-from undervisor.silicon.layout import Env, Hflags
+from undervisor.silicon.layout import Env
 from undervisor.silicon.processor import RESUME, SiliconVmcb
 
 if TYPE_CHECKING:
     from undervisor.hypervisor.nested.svm.state import SvmState
     from undervisor.hypervisor.vcpu import Vcpu
 
-_MASK64: Final = (1 << 64) - 1
 # This is the path of every entry: plain numbers, computed once, in place of the enumerations.
-_SAVE, _SAVE_END, _CONTROLS_END = int(F.ES_SELECTOR), F.CR2 + 8, int(F.TSC_OFFSET)
+_CONTROLS_END, _TLB_CONTROL = int(F.TSC_OFFSET), int(F.TLB_CONTROL)
 _VIRTUAL, _VECTOR, _ASID = F.V_INTR_CONTROL >> 2, F.V_INTR_VECTOR >> 2, F.GUEST_ASID >> 2
-_PAUSES, _TLB_CONTROL, _CPL = F.PAUSE_FILTER_COUNT >> 1, int(F.TLB_CONTROL), int(F.CPL)
-_TSC_OFFSET, _NESTED, _N_CR3 = F.TSC_OFFSET >> 3, F.NESTED_CONTROL >> 3, F.N_CR3 >> 3
-_LBR, _G_PAT, _SHADOW = F.LBR_CONTROL >> 3, F.G_PAT >> 3, F.INTERRUPT_SHADOW >> 3
-_EFER, _CR0, _RFLAGS = F.EFER >> 3, F.CR0 >> 3, F.RFLAGS >> 3
-_DR6, _DR7, _EVENTINJ, _NRIP = F.DR6 >> 3, F.DR7 >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
-_LME, _LMA, _PE, _PG = int(Efer.lme), int(Efer.lma), int(Cr0.pe), int(Cr0.pg)
-_VM, _IF, _NP_ENABLE = int(Rflags.vm), int(Rflags.if_), int(NestedControl.np_enable)
-_NOT_RF: Final = (1 << 64) - 1 & ~int(Rflags.rf)
-_PAT: Final = int(Msr.PAT)
-_DR6_ONES, _DR7_ONES = int(DR6_FIXED_ONE), int(DR7_FIXED_ONE)
-_RIP_NOW, _RFLAGS_NOW, _HFLAGS = Env.RIP >> 3, Env.RFLAGS >> 3, Env.HFLAGS >> 2
-_CS64, _NO_SHADOW = 1 << Hflags.CS64, ~(1 << Hflags.INTERRUPT_SHADOW)
-_BASES: Final = tuple(
-    field >> 3 for field in (F.ES_BASE, F.CS_BASE, F.SS_BASE, F.DS_BASE, F.GDTR_BASE, F.IDTR_BASE)
-)
-_ES, _CS, _SS, _DS, _GDTR, _IDTR = _BASES
-_EVENT_VALID, _HAS_ERROR = 1 << 31, 1 << 11
-_DR6_WRITABLE: Final = 0xE00F
-_DR7_WRITABLE: Final = 0xFFFF_23FF
-_RFLAGS_DEFINED: Final = int(Rflags.DECLARED)
+_PAUSES, _TSC_OFFSET, _NESTED = F.PAUSE_FILTER_COUNT >> 1, F.TSC_OFFSET >> 3, F.NESTED_CONTROL >> 3
+_N_CR3, _LBR, _G_PAT = F.N_CR3 >> 3, F.LBR_CONTROL >> 3, F.G_PAT >> 3
+_EVENTINJ, _NRIP, _RFLAGS_NOW = F.EVENTINJ >> 3, F.NRIP >> 3, Env.RFLAGS >> 3
+_IF, _NOT_RF = int(Rflags.if_), (1 << 64) - 1 & ~int(Rflags.rf)
+_NP_ENABLE, _PAT = int(NestedControl.np_enable), int(Msr.PAT)
 _VIRTUAL_VMLOAD: Final = int(LbrControl.virtualized_vmload_vmsave_enable)
+_EVENT_VALID, _HAS_ERROR = 1 << 31, 1 << 11
 _SOFTWARE: Final = (Vector.BP, Vector.OF)
 
 
@@ -71,29 +50,19 @@ def enter(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdic
 
 def fail(vcpu: Vcpu, svm: SvmState, vmcb12: SiliconVmcb, length: int) -> Verdict:
     """VMEXIT_INVALID: the host goes on behind VMRUN with GIF clear."""
+    leave_vmrun(vcpu, svm, length)
     write_information(vmcb12, ExitCode.INVALID, 0, 0, 0)
-    state = vcpu.state
-    state.rip = _behind(vcpu, length)
-    state.end_interrupt_shadow()
-    state.dr7 = DR7_FIXED_ONE
+    vcpu.state.dr7 = DR7_FIXED_ONE
     vcpu.gif = False
     vcpu.processor.request_window(False)
     svm.reason = "#VMEXIT(INVALID)"
     return host_goes_on(vcpu)
 
 
-def _behind(vcpu: Vcpu, length: int) -> int:
-    """The address of the instruction behind this one."""
-    state = vcpu.state
-    return state.q[_RIP_NOW] + length & (_MASK64 if state.hflags & _CS64 else 0xFFFF_FFFF)
-
-
 def leave_vmrun(vcpu: Vcpu, svm: SvmState, length: int) -> None:
     """The host's state as VMRUN saves it: behind the instruction, RFLAGS.RF clear."""
-    live, words = vcpu.state.q, vcpu.state.d
-    hflags = words[_HFLAGS]
-    live[_RIP_NOW] = live[_RIP_NOW] + length & (_MASK64 if hflags & _CS64 else 0xFFFF_FFFF)
-    words[_HFLAGS] = hflags & _NO_SHADOW
+    vcpu.pass_over(length)
+    live = vcpu.state.q
     rflags = live[_RFLAGS_NOW] & _NOT_RF
     live[_RFLAGS_NOW], svm.host_interrupts = rflags, bool(rflags & _IF)
 

@@ -11,7 +11,7 @@ from undervisor.arch.svm.exits import ExitCode
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import DR7_FIXED_ONE, Dr6, Rflags
+from undervisor.arch.x86.registers import Dr6, Rflags
 from undervisor.hypervisor.vcpu import Activity
 from undervisor.hypervisor.verdict import SWITCHED, Switched
 from undervisor.silicon.layout import Env
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 _MASK64: Final = (1 << 64) - 1
 _TF: Final = int(Rflags.tf)
-_RIP, _RFLAGS, _CR2_NOW, _DR6_NOW = Env.RIP >> 3, Env.RFLAGS >> 3, Env.CR2 >> 3, Env.DR6 >> 3
+_RFLAGS: Final = Env.RFLAGS >> 3
 # This is the path of every exit: plain numbers, computed once, in place of the enumerations.
 _EXITCODE, _EVENTINJ, _NRIP = F.EXITCODE >> 3, F.EVENTINJ >> 3, F.NRIP >> 3
-_G_PAT, _CR2, _DR6, _DR7 = F.G_PAT >> 3, F.CR2 >> 3, F.DR6 >> 3, F.DR7 >> 3
+_G_PAT: Final = F.G_PAT >> 3
 _VIRTUAL: Final = F.V_INTR_CONTROL >> 2
 _FETCHED: Final = int(F.FETCHED_BYTES)
 _BYTES: Final = int(F.GUEST_INSTRUCTION_BYTES)
 _PAT: Final = int(Msr.PAT)
-_BREAKPOINTS_OFF: Final = int(DR7_FIXED_ONE)
 _REASONS: Final = {int(code): f"#VMEXIT({code.name})" for code in ExitCode}
 
 

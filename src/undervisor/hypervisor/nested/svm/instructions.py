@@ -28,8 +28,13 @@ _CS64: Final = 1 << Hflags.CS64
 _PLAIN_LENGTH: Final = 3
 _ADDRESS_SIZE: Final = 0x67
 _OPCODE: Final = 0x0F
-_BASES: Final = (Env.FS, Env.GS, Env.LDTR, Env.TR)
-_EXTRA_BASES: Final = (F.FS_BASE, F.GS_BASE, F.LDTR_BASE, F.TR_BASE, F.KERNEL_GS_BASE)
+_BASES: Final = (
+    (F.FS_BASE >> 3, Env.FS),
+    (F.GS_BASE >> 3, Env.GS),
+    (F.LDTR_BASE >> 3, Env.LDTR),
+    (F.TR_BASE >> 3, Env.TR),
+)
+_KERNEL_GS_BASE: Final = F.KERNEL_GS_BASE >> 3
 
 
 def vmrun(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
@@ -82,11 +87,9 @@ def load_extra(svm: SvmState, vcpu: Vcpu, hpa: int) -> None:
     vmcb = svm.at(hpa)
     vcpu.processor.load_extra(vmcb)
     q, state = vmcb.q, vcpu.state
-    for field, register in zip(_EXTRA_BASES, _BASES, strict=False):
-        if q[field >> 3] >> 47:
-            state.set_segment_base(register, sign_extend(q[field >> 3]))
-    if q[F.KERNEL_GS_BASE >> 3] >> 47:
-        state.kernel_gs_base = sign_extend(q[F.KERNEL_GS_BASE >> 3])
+    for index, register in _BASES:
+        state.set_segment_base(register, sign_extend(q[index]))
+    state.kernel_gs_base = sign_extend(q[_KERNEL_GS_BASE])
 
 
 def vmsave(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:

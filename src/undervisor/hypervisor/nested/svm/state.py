@@ -61,7 +61,7 @@ class SvmState:
         self.software_rip: int | None = None
 
     def at(self, gpa: int) -> SiliconVmcb:
-        """The VMCB at a guest-physical address of L1; where there is no RAM it reads as ones."""
+        """The VMCB at a guest-physical address of L1, one of zeros where there is no RAM."""
         known = self._vmcbs.get(gpa)
         if known is not None:
             return known
@@ -74,10 +74,9 @@ class SvmState:
         return found
 
     def _no_memory(self) -> SiliconVmcb:
-        """What VMRUN finds where nothing answers; what it writes there is lost."""
+        """What VMRUN finds where nothing answers: no rule allows such a VMCB."""
         if self._absent is None:
             self._absent = SiliconVmcb(self._memory)
-        self._absent.b[:] = b"\xff" * PAGE
         return self._absent
 
     def checker(self, vcpu: Vcpu) -> VmrunChecker:

@@ -85,10 +85,7 @@ def tables_without_ept(vcpu: Vcpu, nested: NestedVmx) -> NestedTables:
 
 
 def at_entry(vcpu: Vcpu, nested: NestedVmx) -> None:
-    """What an entry does about the virtual APIC before L2 executes an instruction."""
-    nested.exit_behind = None
-    if not nested.tpr_shadow:
-        return
+    """What an entry with a TPR shadow does about the virtual APIC before L2's first instruction."""
     virtual.at_entry(vcpu, nested)
     accesses = nested.apic_access_page is not None
     if accesses and not virtual.delivers(nested) and virtual.is_below_threshold(vcpu, nested):

@@ -57,11 +57,7 @@ def merge(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
     words[2] |= fields[F.EXCEPTION_BITMAP] & _EXCEPTIONS
     if _page_faults_depend(fields):
         words[2] |= 1 << Vector.PF
-    vmcb = vcpu.vmcb02
-    vmcb.b[0:24] = b"".join(word.to_bytes(4, "little") for word in words)
-    vmcb.nested_control = 1
-    vmcb.guest_asid = 1
-    vmcb.msrpm_base_pa = vcpu.machine.all_msrs()
+    vcpu.vmcb02.b[0:24] = b"".join(word.to_bytes(4, "little") for word in words)
 
 
 def _plan(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:

@@ -52,9 +52,7 @@ _CR0, _CR2, _DR6, _EFER = V.CR0 >> 3, V.CR2 >> 3, V.DR6 >> 3, V.EFER >> 3
 _SHADOW, _CS_ATTRIBUTES = V.INTERRUPT_SHADOW >> 3, V.CS_ATTRIBUTES >> 1
 _LMA: Final = int(Efer.lma)
 _LONG: Final = int(Efer.lma | Efer.lme)
-_LOAD_EFER: Final = int(ExitControls.load_efer)
 _HOST_IS_LONG: Final = int(ExitControls.host_address_space_size)
-_ENTRY_FAILURE: Final = 1 << 31
 # SDM 3C "VMX Aborts": problems saving guest MSRs and loading host MSRs.
 _ABORT_SAVING_MSR: Final = 1
 _ABORT_HOST_MSR: Final = 4
@@ -107,10 +105,8 @@ def prepare_host_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
         host.efer = fields[F.HOST_EFER]
 
 
-def _host_efer(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> int:
-    """EFER after the exit: loaded, or as it is with LMA and LME as the host's mode."""
-    if nested.exit_controls & _LOAD_EFER:
-        return fields[F.HOST_EFER]
+def _host_efer(vcpu: Vcpu, nested: NestedVmx) -> int:
+    """EFER after an exit that does not load it: as it is, with LMA and LME as the host's mode."""
     efer: int = vcpu.state.efer
     return efer | _LONG if nested.exit_controls & _HOST_IS_LONG else efer & ~_LONG
 
@@ -294,7 +290,7 @@ def load_host_state(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Ve
     q = host.q
     q[_RAX], q[_CR2], q[_DR6] = q02[_RAX], q02[_CR2], q02[_DR6]
     if not nested.loads_host_efer:
-        q[_EFER] = _host_efer(vcpu, nested, fields)
+        q[_EFER] = _host_efer(vcpu, nested)
     vcpu.in_l2, vcpu.vmcb = False, host
     vcpu.activity = Activity.ACTIVE
     vcpu.attention = vcpu.has_pending

@@ -43,7 +43,6 @@ Reflector = Callable[["Vcpu", "NestedVmx", Exit], Verdict | None]
 VALID: Final = 1 << 31
 _HARDWARE_EXCEPTION, _PRIVILEGED, _SOFTWARE = 3, 5, 6
 _ERROR_CODE: Final = 1 << 11
-_MASK64: Final = (1 << 64) - 1
 
 
 def _plain(vcpu: Vcpu, nested: NestedVmx, reason: R) -> Verdict:

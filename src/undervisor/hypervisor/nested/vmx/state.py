@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -194,6 +193,3 @@ class VmxState:
             old.synchronize(vmcb02)
             self.store.store(old)
         self.current = vmcs
-
-
-FieldReader = Callable[[int], int]
