@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from undervisor.cli.printing import console, put, put_json
+from undervisor.cli.test_files import write, write_pages
+from undervisor.cli.test_view import list_tests, run_shown, show_compared, summarize
 from undervisor.errors import BadInput, ExitCode
 
 if TYPE_CHECKING:
@@ -88,24 +87,25 @@ def test(
         _prove(quirk or [], quirks, mutants, seed, jobs, as_json=as_json)
     tests = suite.select(patterns or ())
     if show:
-        _list(tests, as_json=as_json)
+        list_tests(tests, as_json=as_json)
         return
     found: list[Result] = []
     begin = time.monotonic()
     for campaign in _campaigns(tests, on or ["builtin"], cpu or [], quirk or []):
-        found += _run(campaign, repeat, jobs)
+        repeated = [test for test in campaign.tests for _ in range(repeat)]
+        found += run_shown(repeated, campaign.target, jobs)
     if junit is not None:
-        _write(junit, results.as_junit(found))
+        write(junit, results.as_junit(found))
     if pages is not None:
-        _write_pages(pages, found)
+        write_pages(pages, found)
     if as_json:
         print(results.as_json(found))
     elif tap:
         print("\n".join(results.as_tap(found)))
     else:
         if len(on or ()) > 1:
-            _compare(found)
-        _summarize(found, time.monotonic() - begin)
+            show_compared(found)
+        summarize(found, time.monotonic() - begin)
     raise typer.Exit(ExitCode.OK if results.all_good(found) else ExitCode.NEGATIVE)
 
 
@@ -121,17 +121,6 @@ def _prove(
     if mutants:
         good = prove_mutants(mutants, seed, jobs, as_json=as_json) and good
     raise typer.Exit(ExitCode.OK if good else ExitCode.NEGATIVE)
-
-
-def _list(tests: Sequence[GuestTest], *, as_json: bool) -> None:
-    if as_json:
-        put_json([{"test": t.id, "title": t.title, "refs": list(t.refs)} for t in tests])
-        return
-    out = console()
-    for item in tests:
-        put(out, item.id, style="bold")
-        put(out, item.title, indent=4)
-        put(out, "; ".join(item.refs), indent=4, style="dim")
 
 
 def _campaigns(
@@ -153,131 +142,3 @@ def _campaigns(
             hint="VMX tests need a model with VMX, SVM tests one with SVM: see --cpu",
         )
     return campaigns
-
-
-def _run(campaign: Campaign, repeat: int, jobs: int) -> list[Result]:
-    """Run a campaign with progress on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from undervisor.conformance.runner import run_all
-
-    tests = [test for test in campaign.tests for _ in range(repeat)]
-    out = Console(stderr=True, highlight=False)
-    begin = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        task = progress.add_task(campaign.target.name, total=len(tests), last="")
-
-        def seen(result: Result) -> None:
-            progress.update(task, advance=1, last=result.test.id)
-            if not result.verdict.good:
-                out.print(
-                    f"{result.verdict.value}: {result.test.id} on {result.target}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-
-        found = run_all(tests, campaign.target, jobs=jobs, seen=seen)
-    seconds = time.monotonic() - begin
-    out.print(f"{campaign.target.name}: {_counted(found)} in {seconds:.1f} s", markup=False)
-    return found
-
-
-def _summarize(found: Sequence[Result], seconds: float) -> None:
-    """What failed, with the manual's words; what was skipped, and why; the totals."""
-    from undervisor.conformance.known import explain
-
-    out = console()
-    for result in found:
-        if result.verdict.good:
-            continue
-        put(out, f"{result.verdict.value}: {result.test.id} on {result.target}", style="bold red")
-        put(out, result.test.title, indent=4)
-        put(out, "; ".join(result.test.refs), indent=4, style="dim")
-        put(out, f"→ {result.message}", indent=4)
-        for line in _alike(result):
-            put(out, line, indent=4)
-        if (known := explain(result)) is not None:
-            put(out, f"known: {known.what} {known.evidence}", indent=4, style="dim")
-        for line in result.details.splitlines():
-            put(out, line, indent=6, style="dim")
-    reasons: dict[str, list[str]] = {}
-    for result in found:
-        if not result.message or result.verdict.value != "skipped":
-            continue
-        reasons.setdefault(f"{result.target}: {result.message}", []).append(result.test.id)
-    for reason, names in reasons.items():
-        put(out, f"skipped {len(names)} on {reason}", style="yellow")
-        put(out, ", ".join(dict.fromkeys(names)), indent=4, style="dim")
-    put(out, f"{_counted(found)} in {seconds:.1f} s")
-
-
-def _alike(result: Result) -> Iterator[str]:
-    """The known bugs that make a test fail in this way."""
-    from undervisor.conformance.catches import CATCHES
-    from undervisor.hypervisor.quirks import CATALOGUE
-
-    for name, catches in CATCHES.items():
-        if any(c.test == result.test.id and c.words in result.message for c in catches):
-            quirk = CATALOGUE[name]
-            yield f"as the known bug {name}: {quirk.about} (seen: {quirk.source})"
-
-
-def _compare(found: Sequence[Result]) -> None:
-    """One table: a row a test, a column a target."""
-    from undervisor.cli.printing import table
-    from undervisor.conformance.compare import compare
-
-    comparison = compare(found)
-    made = table("test", *comparison.columns)
-    for row in comparison.rows:
-        made.add_row(row.test.id, *(row.sign(column) for column in comparison.columns))
-    console().print(made)
-
-
-def _write_pages(folder: Path, found: Sequence[Result]) -> None:
-    """The table, a page for each disagreement, the record; pages of an earlier run go."""
-    from undervisor.cli.versions import version_of
-    from undervisor.conformance.compare import compare
-    from undervisor.conformance.record import Record
-
-    comparison = compare(found)
-    command = shlex.join(["undervisor", *sys.argv[1:]])
-    versions = {column: version_of(column) for column in comparison.columns}
-    made = dict(Record(comparison, command, versions).files())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.md"):
-            if old.name not in made and old.name.startswith(("vmx.", "svm.")):
-                old.unlink()
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be used: {error.strerror}") from None
-    for name, text in made.items():
-        _write(folder / name, text, tell=False)
-    print(f"written: {len(made)} files in {folder}", file=sys.stderr)
-
-
-def _counted(found: Sequence[Result]) -> str:
-    from undervisor.conformance import results
-
-    totals = results.counts(found)
-    return ", ".join(f"{number} {verdict.value}" for verdict, number in totals.items()) or "no test"
-
-
-def _write(path: Path, text: str, *, tell: bool = True) -> None:
-    """The whole file or none of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
-    if tell:
-        print(f"written: {path}", file=sys.stderr)
