@@ -148,7 +148,8 @@ def a_breakpoint_on_vmrun_comes_before_it(lab: SvmLab) -> None:
     One that is off, or for data, or elsewhere, is none.
     """
     lab.code("nop")
-    area, got, wanted = bytes(lab.area()), {}, {}
+    area, got = bytes(lab.area()), {}
+    wanted: dict[str, tuple[int | None, int]] = {}
     cases = {f"DR{n}, {'global' if bit else 'local'}": (n, 1 << 2 * n + bit, 0x2, 0)
              for n in range(4) for bit in (0, 1)}  # fmt: skip
     cases |= {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from undervisor.arch.vmx.controls import PinBasedControls
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.msr import Msr
@@ -16,12 +19,18 @@ from undervisor.conformance.vmx.apic import (
     ICR,
     PPR,
     REGISTERS,
+    SELF_IPI,
     SHADOW,
     TPR,
     X2APIC,
     Apic,
 )
-from undervisor.conformance.vmx.lab import VmxLab
+from undervisor.conformance.vmx.events import SPURIOUS
+from undervisor.conformance.vmx.lab import Changes, VmxLab
+from undervisor.conformance.vmx.needs import control
+from undervisor.conformance.vmx.run import Run
+
+POSTED: Final = control(PinBasedControls, "process_posted_interrupts")
 
 # -- x2APIC mode -----------------------------------------------------------------------------------
 
@@ -76,6 +85,34 @@ def l2_does_not_reach_l1s_apic_where_x2apic_mode_is_virtualized(lab: VmxLab) -> 
     for text, reason in (("rdmsr", ExitReason.RDMSR), ("wrmsr", ExitReason.WRMSR)):
         for msr in (0x802, 0x80D, 0x80F, 0x830):
             lab.run(text, apic.fields, {"rcx": msr}).exits_with(reason)
+
+
+@guest_test("SDM: Virtualizing MSR-Based APIC Accesses", "SDM: Self-IPI Virtualization",
+            "SDM: EOI Virtualization", needs=[SHADOW, X2APIC, DELIVERY])  # fmt: skip
+def self_ipis_and_eois_are_msrs(lab: VmxLab) -> None:
+    """WRMSR of 83FH is a self-IPI, of 80BH an EOI: no exit, but for a vector below 16.
+
+    Bits 31:8 of the one and any bit of the other are #GP(0).
+    """
+    apic = _x2apic(lab, virtual_interrupt_delivery=1)
+    apic.fields |= lab.pin(apic.fields, external_interrupt_exiting=1)
+    apic.fields |= {F.EOI_EXIT_BITMAP_0 + 2 * n: 0 for n in range(4)}
+    apic.fields |= {F.GUEST_INTERRUPT_STATUS: 0}
+    handler = lab.places.code + 0x8000
+    lab.code("incl DATA; mov $0x80b, %ecx; xor %eax, %eax; wrmsr; iretq", handler, end="")
+    for vector in (0x51, 0x52):
+        lab.write(lab.places.idt + 16 * vector, gate(handler))
+    lab.fill(lab.places.data, 8)
+    code = "mov $0x83f, %ecx; xor %edx, %edx; mov $0x51, %eax; wrmsr; inc %eax; wrmsr; sti; nop"
+    run = lab.run(f"{code}; nop; nop", apic.fields, reads=[F.GUEST_INTERRUPT_STATUS])
+    run.ends()
+    equal("the interrupts that L2 took", lab.read_u32(lab.places.data), 2)
+    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0)
+    for msr, value in ((0x83F, 0x151), (0x80B, 1)):
+        lab.run("wrmsr", apic.fields, {"rcx": msr, "rax": value, "rdx": 0}).delivers(GP)
+    run = lab.run("wrmsr", apic.fields, {"rcx": 0x83F, "rax": 0xF, "rdx": 0})
+    run.exits_with(ExitReason.APIC_WRITE, SELF_IPI)
+    equal("VICR", apic[SELF_IPI], 0xF)
 
 
 # -- virtual interrupts ----------------------------------------------------------------------------
@@ -140,3 +177,62 @@ def an_eoi_in_the_exit_bitmap_exits(lab: VmxLab) -> None:
     true("RIP is behind the write", run.rip > lab.places.code)
     equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0)
     equal("VISR", apic[0x120], 0)
+
+
+# -- posted interrupts -----------------------------------------------------------------------------
+
+NOTIFICATION, OTHER = 0x81, 0x82
+OUTSTANDING: Final = 0x20
+"""Where in the descriptor, behind 256 requests, the outstanding notification is."""
+
+
+def _posted(lab: VmxLab, apic: Apic) -> Changes:
+    """Posted interrupts with the descriptor at DATA, which requests 22H, 85H and 86H."""
+    descriptor = lab.places.data
+    lab.fill(descriptor, 64)
+    lab.write_u32(descriptor + 4, 1 << 2)
+    lab.write_u32(descriptor + 16, 3 << 5)
+    lab.write_u32(descriptor + OUTSTANDING, 1)
+    lab.l1.apic_write(SPURIOUS, 0x1FF)
+    fields = lab.on_exit(apic.fields, acknowledge_interrupt=1)
+    return lab.pin(fields, external_interrupt_exiting=1, process_posted_interrupts=1) | {
+        F.POSTED_INTERRUPT_NOTIFICATION_VECTOR: NOTIFICATION,
+        F.POSTED_INTERRUPT_DESCRIPTOR_ADDRESS: descriptor,
+    }
+
+
+def _arrives(lab: VmxLab, apic: Apic, vector: int) -> Run:
+    """L2 runs while an interrupt arrives that L1 sent itself before, its own IF being 0."""
+    fields = _posted(lab, apic)
+    lab.l1.apic_write(ICR, 0x40000 | vector)
+    return lab.run("nop; nop", fields | {F.GUEST_RFLAGS: 0x202}, reads=[F.GUEST_INTERRUPT_STATUS])
+
+
+@guest_test("SDM: Posted-Interrupt Processing", needs=[SHADOW, ACCESSES, DELIVERY, POSTED])
+def a_notification_delivers_what_is_posted(lab: VmxLab) -> None:
+    """The notification vector does not exit: requests move to VIRR, the highest is delivered.
+
+    The outstanding notification and the requests are clear, and L1's APIC is free for the next.
+    """
+    apic = _delivering(lab, 0)
+    apic[0x210] = 1 << 3
+    run = _arrives(lab, apic, NOTIFICATION)
+    run.delivers(0x86)
+    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0x8685)
+    equal("VIRR, its words 1 and 4", (apic[0x210], apic[0x240]), (0xC, 1 << 5))
+    equal("VISR, its word 4", apic[0x140], 1 << 6)
+    equal("the descriptor", lab.read(lab.places.data, 40), bytes(40))
+    in_service = [lab.l1.apic_read(0x100 + 16 * n).value for n in range(8)]
+    equal("what L1's APIC has in service", in_service, [0] * 8)
+
+
+@guest_test("SDM: Posted-Interrupt Processing", "SDM: External-Interrupt Exiting",
+            needs=[SHADOW, ACCESSES, DELIVERY, POSTED])  # fmt: skip
+def another_vector_than_the_notification_exits(lab: VmxLab) -> None:
+    """With posted interrupts every other external interrupt exits, acknowledged; none is posted."""
+    run = _arrives(lab, _delivering(lab, 0), OTHER)
+    run.exits_with(ExitReason.EXTERNAL_INTERRUPT)
+    equal("the interruption information", run[F.EXIT_INTERRUPTION_INFORMATION], 1 << 31 | OTHER)
+    equal("the outstanding notification", lab.read_u32(lab.places.data + OUTSTANDING), 1)
+    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0)
+    lab.l1.apic_write(EOI, 0)

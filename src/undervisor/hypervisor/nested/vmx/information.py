@@ -26,13 +26,9 @@ _ADDRESS_SIZES: Final = {Register.AX: 0, Register.EAX: 1, Register.RAX: 2}
 
 
 def gpr(register: int) -> int:
-    """The number of a general register in encoding order."""
-    for bank in _BANKS:
-        if bank <= register < bank + 16:
-            return int(register - bank)
-    if Register.AL <= register <= Register.BH:  # AL CL DL BL AH CH DH BH
-        return int(register - Register.AL) & 3
-    return int(register - Register.SPL) + 4
+    """The number of a general register of 16, 32 or 64 bits in encoding order."""
+    bank = next(bank for bank in _BANKS if bank <= register < bank + 16)
+    return int(register - bank)
 
 
 def _address_size(instruction: Instruction, bitness: int) -> int:
