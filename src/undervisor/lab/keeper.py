@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,10 +99,10 @@ class Stream:
                     await self._to.drain()
 
 
-def _die_with_parent() -> None:
+def _die_with(keeper: int) -> None:
     """In the child, before QEMU: the kernel kills it when the keeper, a single thread, dies."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died in between
+    if os.getppid() != keeper:  # it died in between
         os._exit(1)
 
 
@@ -126,7 +127,7 @@ async def _keep(place: Place, command: list[str], names: list[str]) -> None:
             stdout=log,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with, os.getpid()),
         )
     try:
         streams = [Stream(place, name) for name in names]

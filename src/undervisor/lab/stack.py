@@ -125,6 +125,7 @@ class Lab:
         return self
 
     def _start(self, levels: int) -> None:
+        self._free_place()  # said before anything is built
         self.accelerator = machines.accelerator(self.plan)
         qemu = vmm.host_qemu()
         with self._step("images"):
@@ -141,12 +142,17 @@ class Lab:
                 self._start_inner(number)
                 self._wait_for(number)
 
-    def _new_place(self) -> Place:
+    def _free_place(self) -> Place:
+        """Where the lab is going to be; BadInput where one of that name runs."""
         place = Place.named(self.name or f"run-{os.getpid()}-{secrets.token_hex(3)}")
         if place.runs():
             raise BadInput(
                 f"the lab {place.name} runs already", hint=f"undervisor lab down {place.name}"
             )
+        return place
+
+    def _new_place(self) -> Place:
+        place = self._free_place()
         place.remove()
         place.folder.mkdir(mode=0o700)
         return place
