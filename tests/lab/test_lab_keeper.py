@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,3 +288,13 @@ def test_a_folder_that_is_open_to_others_is_refused(runtime):
 def test_a_socket_of_nobody_is_told(runtime):
     with pytest.raises(OSError, match="No such file"):
         connect(Place.named("nowhere"), "shell.l1")
+
+
+def test_a_lab_whose_folder_was_removed_still_ends(start):
+    place, keeper = start()
+    machine = ready(keeper)
+    lab = Lab(name="lab")
+    lab._place, lab._keeper = place, keeper
+    shutil.rmtree(place.folder)
+    lab.close()
+    assert gone([keeper.pid, *machine])

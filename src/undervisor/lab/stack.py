@@ -291,7 +291,7 @@ class Lab:
         if place is not None:
             end(place, self._keeper)
         if self._keeper is not None:
-            self._keeper.wait()
+            _finish(self._keeper)
             for pipe in (self._keeper.stdin, self._keeper.stdout):
                 assert pipe is not None
                 pipe.close()
@@ -327,6 +327,16 @@ def end(place: Place, keeper: subprocess.Popen[bytes] | None = None) -> bool:
                 _until_gone(place, _GRACE)
     place.remove()
     return ran
+
+
+def _finish(keeper: subprocess.Popen[bytes]) -> None:
+    """End our own keeper, even where somebody has removed its folder."""
+    try:
+        keeper.terminate()
+        keeper.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        keeper.kill()
+        keeper.wait()
 
 
 def _until_gone(place: Place, seconds: float) -> None:
