@@ -244,3 +244,14 @@ def the_hosts_shadow_of_sti_ends_with_vmrun(lab: SvmLab) -> None:
         run = lab.plan_reading(batch)
     run.exits_with(ExitCode.INTR)
     equal("deliveries before and after STGI", (ran.value["r13"], ran.value["r14"]), (0, 1))
+
+
+@guest_test("APM: INTR Intercept", "APM: NMI Intercept", "APM: SMI Intercept")
+def what_does_not_arrive_does_not_exit(lab: SvmLab) -> None:
+    """With every intercept of an event from outside, an L2 to which none comes runs undisturbed."""
+    xapic(lab)
+    wants = [Intercept.INTR, Intercept.NMI, Intercept.SMI, Intercept.INIT, Intercept.VINTR]
+    for masking in ({}, MASKING):
+        lab.code("sti; nop; mov %cr8, %rbx; mov %rbx, %cr8; nop; cli; mov %rbx, %cr8; nop")
+        entered = enter(lab, "", masking, wants=wants)
+        entered.run.ends()

@@ -126,11 +126,10 @@ def the_address_size_decides_how_much_of_rax_counts(lab: SvmLab) -> None:
 
 @guest_test("APM: VMRUN", "APM: VMLOAD", "APM: STGI")
 def instructions_work_in_compatibility_mode(lab: SvmLab) -> None:
-    """The SVM instructions are valid in compatibility mode at CPL 0."""
+    """The SVM instructions are valid in compatibility mode at CPL 0, and use EAX there."""
     lab.fill(lab.places.data, SIZE, 0xA5)
     legacy = f"""
         .code32
-        mov ${lab.places.data}, %eax
         vmsave %eax
         vmload %eax
         xor %ecx, %ecx
@@ -141,7 +140,8 @@ def instructions_work_in_compatibility_mode(lab: SvmLab) -> None:
     """
     lab.write(lab.places.free, lab.assemble(legacy, lab.places.free))
     lab.write(lab.places.free + 0x800, lab.assemble("ret"))
-    answer = lab.call("push $0x18; push %rbx; lretq", {"rbx": lab.places.free}, [])
+    given = {"rbx": lab.places.free, "rax": lab.places.data | 0xABCDEF01 << 32}
+    answer = lab.call("push $0x18; push %rbx; lretq", given, [])
     equal("the exception", vector_of(answer), None)
     lstar = lab.l1.rdmsr(Msr.LSTAR).value
     equal("LSTAR in the VMCB", lab.read_u64(lab.places.data + F.LSTAR), lstar)

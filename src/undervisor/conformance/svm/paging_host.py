@@ -57,6 +57,31 @@ def from_legacy_mode(lab: SvmLab, changes: dict[F, int], cr3: int, cr4: int) -> 
     return run
 
 
+LOW: Final = 0x55000
+"""A page of memory below 1 MiB that nothing uses."""
+FIRMWARE: Final = 0xF8000
+
+
+@guest_test("APM: Nested Paging", needs=[NPT], cases={"4 KiB": 12, "2 MiB": 21})
+def nested_pages_reach_the_first_mebibyte(lab: SvmLab, shift: int) -> None:
+    """Memory below 1 MiB is under nested pages what it is to L1, and so is the firmware's."""
+    begin = lab.npt(shift) | {F.CR3: lab.pages()}
+    lab.write_u64(LOW, 0x1111)
+    old = lab.read_u64(FIRMWARE)
+    lab.write_u64(FIRMWARE, old ^ 1)
+    kept = lab.read_u64(FIRMWARE)
+    lab.write_u64(FIRMWARE, old)
+    code = "mov (%rsi), %rax; mov %rbx, (%rsi); mov (%rdi), %rdx; mov %rcx, (%rdi)"
+    registers = {"rsi": LOW, "rdi": FIRMWARE, "rbx": 0x2222, "rcx": old ^ 1}
+    run = lab.run(f"{code}; mov (%rdi), %rbp", begin, registers)
+    run.ends()
+    got = run.registers["rax"], lab.read_u64(LOW)
+    equal("what L2 reads there and L1 afterwards", got, (0x1111, 0x2222))
+    firmware = run.registers["rdx"], run.registers["rbp"]
+    equal("firmware before and after L2's write", firmware, (old, kept))
+    lab.write_u64(FIRMWARE, old)
+
+
 def _pae_tables(lab: SvmLab, pointers: int, directories: int) -> None:
     """Four PDPTEs and four directories of 2-MiB pages, identity, for all privileges."""
     lab.write_u64(pointers, *((directories + 0x1000 * n) | 1 for n in range(4)))

@@ -144,6 +144,18 @@ def accessed_and_dirty_flags_are_set_as_the_access_needs(lab: VmxLab, shift: int
          lambda case: case[0] * (EPT_A | (EPT_D if case[1] == WRITE else 0)))  # fmt: skip
 
 
+@guest_test("SDM: Accessed and Dirty Flags for EPT", cases=SIZES,
+            needs=[EPT, ept("accessed_dirty")])  # fmt: skip
+def a_write_behind_a_read_sets_the_dirty_flag(lab: VmxLab, shift: int) -> None:
+    """A page that was read, and so is cached, is dirty as soon as it is written."""
+    target = Target(lab, shift)
+    target.changes[F.EPT_POINTER] |= EPTP_AD
+    target.map(7)
+    code = "mov (%rbx), %rax; mov %rax, (%rbx)"
+    lab.run(code, target.changes, {"rbx": target.gpa}).ends()
+    equal("the flags", lab.read_u64(target.leaf) & (EPT_A | EPT_D), EPT_A | EPT_D)
+
+
 @guest_test("SDM: Page-Modification Logging", needs=[EPT, ept("accessed_dirty")])
 def a_dirty_flag_that_is_set_is_logged(lab: VmxLab) -> None:
     """With PML each dirty flag that is set logs its page; an index out of range exits with 62."""
