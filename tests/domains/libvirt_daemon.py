@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 FOLDERS = {"run": "/run/libvirt", "lib": "/var/lib/libvirt", "cache": "/var/cache/libvirt",
-           "etc": "/etc/libvirt", "log": "/var/log/libvirt"}  # fmt: skip
+           "etc": "/etc/libvirt", "log": "/var/log/libvirt",
+           "lock": "/var/lock"}  # fmt: skip
 QEMU_CONF = """user = "root"
 group = "root"
 security_driver = "none"

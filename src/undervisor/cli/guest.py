@@ -29,6 +29,7 @@ from undervisor.cli.guest_documents import (
 from undervisor.cli.printing import console, put, put_json
 from undervisor.domains import apply as applying
 from undervisor.domains.connection import SYSTEM, Libvirt
+from undervisor.domains.console import GREETING_SECONDS
 from undervisor.domains.cpu_features import known_to_libvirt
 from undervisor.domains.create import Wishes, create
 from undervisor.domains.harden import Options
@@ -308,6 +309,9 @@ def verify(
     host: HostOption = "",
     shell: ShellOption = "",
     ssh_config: SshConfigOption = "",
+    wait: Annotated[
+        float, typer.Option("--wait", min=1, help="Seconds that the console's shell may take.")
+    ] = GREETING_SECONDS,
     as_json: JsonOption = False,
 ) -> None:
     """Look from inside of a guest whether it is an L1, and run a nested guest there.
@@ -317,7 +321,7 @@ def verify(
     """
     from undervisor.cli.guest_verify import inside, put_verification, verified
 
-    with inside(name, agent, console_, connect, host, shell, ssh_config) as opened:
+    with inside(name, agent, console_, connect, host, shell, ssh_config, wait) as opened:
         found = verified(opened)
     if as_json:
         put_json(found.as_json())

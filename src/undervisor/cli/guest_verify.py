@@ -17,21 +17,28 @@ from undervisor.host.access.protocol import Host
 
 @contextlib.contextmanager
 def inside(
-    name: str, agent: bool, console_: bool, connect: str, host: str, shell: str, ssh_config: str
+    name: str,
+    agent: bool,
+    console_: bool,
+    connect: str,
+    host: str,
+    shell: str,
+    ssh_config: str,
+    wait: float,
 ) -> Iterator[Host]:
     """The inside of the guest that is meant, closed at the end.  Raises BadInput."""
     if sum(map(bool, (name, host, shell))) != 1 or (agent and console_):
         hint = "a domain, lab:l1, --host or --shell; --agent or --console"
         raise BadInput("name one guest and one way into it", hint=hint)
     with contextlib.ExitStack() as stack:
-        opened = _open(stack, name, agent, console_, connect, host, shell, ssh_config)
+        opened = _open(stack, name, agent, console_, connect, host, shell, ssh_config, wait)
         stack.callback(opened.close)
         yield opened
 
 
 def _open(
     stack: contextlib.ExitStack, name: str, agent: bool, console_: bool, connect: str, host: str,
-    shell: str, ssh_config: str,
+    shell: str, ssh_config: str, wait: float,
 ) -> Host:  # fmt: skip
     if host or shell:
         return open_host(host=host, shell=shell, ssh_config=ssh_config)
@@ -46,7 +53,7 @@ def _open(
         except BadInput:
             if agent:
                 raise  # else the console may still do
-    return open_console(libvirt, name)
+    return open_console(libvirt, name, wait)
 
 
 def verified(host: Host) -> Verification:

@@ -21,7 +21,7 @@ class Libvirt:
 
     def __init__(self, uri: str = SYSTEM) -> None:
         self.uri = uri
-        self.library = _library()
+        self.library = load_library()
         self.library.registerErrorHandler(lambda *_: None, None)
         self.handle = self._ask(f"connect to {uri}", lambda: self.library.open(uri))
 
@@ -146,7 +146,8 @@ def _hint(words: str) -> str:
     return ""
 
 
-def _library() -> Any:
+def load_library() -> Any:
+    """libvirt's Python module; BadInput where it is not installed."""
     try:
         return importlib.import_module("libvirt")
     except ImportError as error:
