@@ -1,7 +1,10 @@
+import contextlib
 import json
+import types
 
 import pytest
 
+from undervisor.cli import exits
 from undervisor.cli.main import main
 
 TRACE = """cpus=2
@@ -33,6 +36,28 @@ def test_a_trace_becomes_a_table(tmp_path, capsys):
     assert "VMRESUME" in capsys.readouterr().out
 
 
+def test_what_is_traced_live_ends_as_one_table(monkeypatch, capsys):
+    """Also on another machine, and no nested event means that no L2 ran."""
+
+    @contextlib.contextmanager
+    def instance(host, folder, seconds):
+        assert (host.name, folder, seconds) == ("there", "/tracing", 2.0)
+        yield "/tracing/instances/x"
+
+    lines = [line for line in TRACE.splitlines() if "nested" not in line]
+    there = types.SimpleNamespace(name="there", close=lambda: None)
+    monkeypatch.setattr(exits, "open_host", lambda **said: there)
+    monkeypatch.setattr(exits.remote, "tracefs", lambda host: "/tracing")
+    monkeypatch.setattr(exits.remote, "instance", instance)
+    monkeypatch.setattr(exits.remote, "lines", lambda *_: iter([lines[:2], lines[2:]]))
+    assert run("--host", "there", "--seconds", "2") == 0
+    said = capsys.readouterr().out
+    assert said.count("VMRESUME") == 1
+    assert "unknown" not in said
+    assert run("--host", "there", "--seconds", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["l1"] == 2
+
+
 @pytest.mark.parametrize("raw", [b"", b"tracing\0\0", b"\xff" * 100_000, b"hello\n"])
 def test_a_file_without_events_is_bad_input(tmp_path, capsys, raw):
     (tmp_path / "trace.dat").write_bytes(raw)
@@ -40,6 +65,9 @@ def test_a_file_without_events_is_bad_input(tmp_path, capsys, raw):
     assert "no KVM event" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["/no/such"], ["--seconds", "0"], ["--seconds", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["/no/such"], ["--seconds", "0"], ["--seconds", "-1"], ["trace.txt", "--host", "there"]],
+)
 def test_bad_options_are_bad_input(words):
     assert run(*words) == 2

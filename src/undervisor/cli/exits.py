@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -13,10 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from undervisor.cli.check import JsonOption
+from undervisor.cli.check import HostOption, JsonOption, SshConfigOption
 from undervisor.errors import BadInput, ExitCode
 from undervisor.host.access.opening import open_host
-from undervisor.host.exits import live
+from undervisor.host.exits import live, remote
 from undervisor.host.exits.attribute import Attribution, Tally
 from undervisor.host.exits.stats import debugfs_counters, parse_binary
 from undervisor.host.exits.trace import parse
@@ -28,32 +29,32 @@ def exits(
     trace: Annotated[
         str, typer.Argument(help="Text of `trace-cmd report` or `perf script`; - reads stdin.")
     ] = "",
-    seconds: Annotated[float, typer.Option(help="How long to watch this machine.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="How long to watch the machine.")] = 10.0,
     stats: Annotated[
         bool, typer.Option("--stats", help="KVM's counters instead of tracepoints.")
     ] = False,
     stats_file: Annotated[
         str, typer.Option("--stats-file", help="A file read from KVM_GET_STATS_FD.")
     ] = "",
-    host: Annotated[
-        str, typer.Option("--host", help="With --stats: another machine, user@name or lab:l1.")
-    ] = "",
+    host: HostOption = "",
+    ssh_config: SshConfigOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Count VM exits by reason, attributed to L1, to L2 handled by L0, and to L2 reflected to L1.
 
+    L0 is the machine that is looked at, whatever is below it.
     To record elsewhere: trace-cmd record -e kvm:kvm_entry -e kvm:kvm_exit -e 'kvm:kvm_nested*'
     """
     if not 0 < seconds <= 86400:
         raise BadInput(f"{seconds} seconds", hint="more than 0, at most a day")
-    if host and not stats:
-        raise BadInput("--host wants --stats", hint="to trace there, run undervisor there")
+    if host and (trace or stats_file):
+        raise BadInput("a file and --host name two sources", hint="give one of them")
     if stats_file:
         _show_file(stats_file, as_json)
     elif stats:
-        _show_counters(host, seconds, as_json)
+        _show_counters(host, ssh_config, seconds, as_json)
     else:
-        tally = _from_text(trace) if trace else _watch(seconds, as_json)
+        tally = _from_text(trace) if trace else _trace(host, ssh_config, seconds, as_json)
         _show(tally, as_json)
     raise typer.Exit(ExitCode.OK)
 
@@ -84,19 +85,33 @@ def _bounded(file: object) -> Iterator[str]:
         yield line
 
 
-def _watch(seconds: float, as_json: bool) -> Tally:
-    """Trace now; a table that updates unless JSON was asked for."""
-    attribution = Attribution()
-    with live.instance(live.tracefs()) as place:
-        if as_json:
-            for lines in live.lines(place, seconds):
-                attribution.feed(parse(lines))
-            return attribution.finish()
-        with Live(Table(), console=Console(), refresh_per_second=4) as screen:
-            for lines in live.lines(place, seconds):
-                attribution.feed(parse(lines))
+def _trace(name: str, ssh_config: str, seconds: float, as_json: bool) -> Tally:
+    """Trace now, here or there."""
+    with ExitStack() as ends:
+        if not name:
+            place = ends.enter_context(live.instance(live.tracefs()))
+            return _watch(live.lines(place, seconds), as_json)
+        host = open_host(host=name, ssh_config=ssh_config)
+        ends.callback(host.close)
+        place = ends.enter_context(remote.instance(host, remote.tracefs(host), seconds))
+        return _watch(remote.lines(host, place, seconds), as_json)
+
+
+def _watch(batches: Iterable[list[str]], as_json: bool) -> Tally:
+    """Count what comes; a table that updates unless JSON was asked for."""
+    attribution = Attribution(nested_recorded=True)
+    with ExitStack() as ends:
+        screen = None if as_json else ends.enter_context(_screen())
+        for lines in batches:
+            attribution.feed(parse(lines))
+            if screen:
                 screen.update(table(attribution.tally))
     return attribution.finish()
+
+
+def _screen() -> Live:
+    """Where the table updates; what is shown at the end takes its place."""
+    return Live(Table(), console=Console(), refresh_per_second=4, transient=True)
 
 
 def _show(tally: Tally, as_json: bool) -> None:
@@ -110,8 +125,8 @@ def _show(tally: Tally, as_json: bool) -> None:
         console.print(f"- {line}", highlight=False)
 
 
-def _show_counters(name: str, seconds: float, as_json: bool) -> None:
-    host = open_host(host=name)
+def _show_counters(name: str, ssh_config: str, seconds: float, as_json: bool) -> None:
+    host = open_host(host=name, ssh_config=ssh_config)
     try:
         before = _known(debugfs_counters(host))
         time.sleep(seconds)

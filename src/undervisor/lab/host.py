@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from undervisor.errors import BadInput
-from undervisor.host.access.frames import PREPARE, exchange
+from undervisor.host.access.frames import PREPARE, exchange, follow
 from undervisor.host.access.protocol import Timing
 from undervisor.host.access.shell import ShellHost
 from undervisor.host.fact import Fact, Known, Unknown, then
@@ -44,6 +45,17 @@ class LabHost(ShellHost):
         if isinstance(fact, Unknown) and fact.code:
             self.interrupt()
         return fact
+
+    def follow(self, script: str, timeout: float) -> Iterator[bytes]:
+        """One framed request whose output is given as it comes."""
+        ended = False
+        try:
+            line = self._connected(timeout)
+            yield from follow(line.fileno(), line.sendall, script, timeout)
+            ended = True
+        finally:
+            if not ended:
+                self.interrupt()
 
     def timing(self) -> Fact[Timing]:
         """Measured there by the lab's own program."""

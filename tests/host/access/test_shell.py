@@ -180,3 +180,28 @@ def test_a_real_ssh_server_answers(sshd):
     assert host.read_text("/proc/version") == LiveHost().read_text("/proc/version")
     assert isinstance(host.read_text("/no/such"), Absent)
     host.close()
+
+
+def test_output_comes_while_the_command_runs(shell):
+    before = time.monotonic()
+    pieces = shell.follow("echo first; sleep 1; echo last; exit 3", 10)
+    said = next(pieces)
+    while b"first" not in said:
+        said += next(pieces)
+    assert time.monotonic() - before < 0.9
+    assert said + b"".join(pieces) == b"first\nlast\n"
+    assert shell.run(["echo", "next"]).value.stdout == "next\n"
+
+
+def test_a_stream_that_is_left_early_does_not_spoil_the_next_answer(shell):
+    pieces = shell.follow("yes", 10)
+    next(pieces)
+    pieces.close()
+    assert shell.run(["echo", "next"]).value.stdout == "next\n"
+
+
+def test_a_stream_that_does_not_end_is_ended(shell):
+    with pytest.raises(TimeoutError, match="no answer in time"):
+        list(shell.follow("sleep 60", 0.2))
+    with pytest.raises(OSError, match="No such file"):
+        list(SshHost("nobody", ["/no/such/program"]).follow("true", 1))

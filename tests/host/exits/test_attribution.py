@@ -214,3 +214,15 @@ def test_a_stats_header_that_lies_is_bad_input_or_harmless(at):
         return
     assert at == 0  # the flags word says nothing that we use
     assert counters[0].values == (12,)
+
+
+def test_without_nested_events_that_were_to_come_every_exit_is_l1s():
+    attribution = Attribution(nested_recorded=True)
+    attribution.feed(parse(trace("trace_pipe", "kvm_exit:CPUID", "kvm_entry")))
+    assert counts(attribution.finish()) == {("L1", "CPUID"): 1}
+
+
+def test_vcpus_are_counted_while_events_still_come():
+    attribution = Attribution()
+    attribution.feed(parse(trace("perf", "kvm_exit:CPUID", "kvm_exit:HLT@1")))
+    assert attribution.tally.vcpus == 2

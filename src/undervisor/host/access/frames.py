@@ -10,7 +10,7 @@ import os
 import secrets
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
 from undervisor.host.fact import Fact, Known, Unknown
 
@@ -56,6 +56,51 @@ def exchange(
                 raise OSError("the connection closed")
             said += piece
     return _parse(bytes(said), begin, end, done, source)
+
+
+def follow(
+    number: int, write: Callable[[bytes], None], script: str, timeout: float
+) -> Iterator[bytes]:
+    """Send `script` and give its standard output as it comes, until it ends.
+
+    OSError where the stream breaks, TimeoutError where it has not ended after `timeout` seconds:
+    the shell is busy then, as it is where nobody reads to the end.
+    """
+    word = secrets.token_hex(16)
+    write(_request(script, word))
+    begin, end, done = (f"\n{tag} {word}".encode() for tag in ("BEGIN", "END", "DONE"))
+    pieces = _pieces(number, time.monotonic() + timeout)
+    rest = yield from _until(pieces, begin + b"\n", b"", shown=False)
+    rest = yield from _until(pieces, end, rest, shown=True)
+    yield from _until(pieces, done, rest, shown=False)
+
+
+def _until(
+    pieces: Iterator[bytes], mark: bytes, said: bytes, *, shown: bool
+) -> Generator[bytes, None, bytes]:
+    """Read up to `mark`, give what is before it where it is to be shown, return what is behind."""
+    while (at := said.find(mark)) < 0:
+        safe = said.rfind(mark[:1], max(0, len(said) - len(mark)))  # may be where the mark begins
+        safe = len(said) if safe < 0 else safe
+        if shown and safe:
+            yield said[:safe]
+        said = said[safe:] + next(pieces)
+    if shown and at:
+        yield said[:at]
+    return said[at + len(mark) :]
+
+
+def _pieces(number: int, deadline: float) -> Iterator[bytes]:
+    """What comes; TimeoutError at the deadline, OSError at the end of the stream."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("no answer in time")
+            piece = os.read(number, 1 << 16)
+            if not piece:
+                raise OSError("the connection closed")
+            yield piece
 
 
 def _request(script: str, word: str) -> bytes:

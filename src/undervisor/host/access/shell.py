@@ -9,7 +9,7 @@ import re
 import shlex
 import struct
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from undervisor.host.access.live import explain_msr
@@ -60,6 +60,11 @@ class ShellHost(Host):
     @abstractmethod
     def execute(self, script: str, timeout: float, limit: int) -> Fact[tuple[int, bytes, bytes]]:
         """Run `script` in sh there: status, stdout, stderr."""
+
+    def follow(self, script: str, timeout: float) -> Iterator[bytes]:
+        """The output of `script` as it comes; OSError where the connection breaks or the script
+        has not ended after `timeout` seconds."""
+        raise OSError(f"{self.name} gives no output before a command has ended")
 
     def read_bytes(self, path: str, limit: int = TEXT_LIMIT) -> Fact[bytes]:
         """Through `head`, which stops at the limit."""

@@ -10,10 +10,10 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from undervisor.errors import BadInput
-from undervisor.host.access.frames import PREPARE, exchange
+from undervisor.host.access.frames import PREPARE, exchange, follow
 from undervisor.host.access.process import environment, kill_group
 from undervisor.host.access.shell import ShellHost
 from undervisor.host.fact import Fact, Known, Unknown
@@ -56,13 +56,10 @@ class SshHost(ShellHost):
 
     def execute(self, script: str, timeout: float, limit: int) -> Fact[tuple[int, bytes, bytes]]:
         """Send one framed request and read its frame."""
-        if self._process is None or self._process.poll() is not None:
-            trouble = self._start()
-            if trouble:
-                return trouble
-        assert self._process is not None
-        assert self._process.stdout is not None
-        number = self._process.stdout.fileno()
+        trouble = self._ready()
+        if trouble:
+            return trouble
+        number = self._output()
         try:
             fact = exchange(number, self._write, script, timeout, limit, self.name)
         except (OSError, ValueError) as error:
@@ -73,9 +70,33 @@ class SshHost(ShellHost):
             self._end()
         return fact
 
+    def follow(self, script: str, timeout: float) -> Iterator[bytes]:
+        """Send one framed request and give what comes."""
+        trouble = self._ready()
+        if trouble:
+            raise OSError(trouble.why)
+        ended = False
+        try:
+            yield from follow(self._output(), self._write, script, timeout)
+            ended = True
+        finally:
+            if not ended:
+                self._end()
+
     def close(self) -> None:
         """End the connection."""
         self._end()
+
+    def _ready(self) -> Unknown | None:
+        """Connect where that has to be done; what keeps it from it."""
+        if self._process is None or self._process.poll() is not None:
+            return self._start()
+        return None
+
+    def _output(self) -> int:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
 
     def _start(self) -> Unknown | None:
         self._end()

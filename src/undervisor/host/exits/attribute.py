@@ -97,10 +97,15 @@ class _Vcpu:
 
 
 class Attribution:
-    """Feed it records in the order of time; `finish` settles what is still open."""
+    """Feed it records in the order of time; `finish` settles what is still open.
 
-    def __init__(self) -> None:
+    `nested_recorded`: whether the nested events are known to be switched on, so that an exit
+    without one is L1's even where no L2 ran.
+    """
+
+    def __init__(self, nested_recorded: bool = False) -> None:
         self.tally = Tally()
+        self._nested_recorded = nested_recorded
         self._vcpus: dict[int, _Vcpu] = {}
 
     def feed(self, records: Iterable[Record]) -> None:
@@ -122,13 +127,13 @@ class Attribution:
     def finish(self) -> Tally:
         """The tally, with exits settled whose next event never came.
 
-        Without any nested event nothing tells L1 from L2: those exits become unknown.
+        Where no nested event came or was to come nothing tells L1 from L2: those exits become
+        unknown.
         """
         for vcpu in self._vcpus.values():
             self._settle(vcpu)
-        self.tally.vcpus = len(self._vcpus)
         counts = self.tally.counts
-        if not self.tally.nested_events:
+        if not (self.tally.nested_events or self._nested_recorded):
             counts[Whose.UNKNOWN].update(counts[Whose.L1])
             counts[Whose.L1].clear()
         return self.tally
@@ -172,7 +177,10 @@ class Attribution:
     def _vcpu(self, thread: int) -> _Vcpu:
         if thread not in self._vcpus and len(self._vcpus) >= THREAD_LIMIT:
             thread = -1
-        return self._vcpus.setdefault(thread, _Vcpu())
+        if thread not in self._vcpus:
+            self._vcpus[thread] = _Vcpu()
+            self.tally.vcpus = len(self._vcpus)
+        return self._vcpus[thread]
 
     def _time(self, time: float) -> None:
         tally = self.tally
