@@ -158,6 +158,7 @@ def a_breakpoint_on_vmrun_comes_before_it(lab: SvmLab) -> None:
     }  # fmt: skip
     for name, (n, enable, flags, away) in cases.items():
         code = f"""
+            xor %ebx, %ebx; mov %rbx, %dr0; mov %rbx, %dr1; mov %rbx, %dr2; mov %rbx, %dr3
             lea 1f+{away}(%rip), %rbx; mov %rbx, %dr{n}
             mov ${0x400 | enable:#x}, %ebx; mov %rbx, %dr7; lea 1f(%rip), %rbx
             mov %rsp, %rdx; mov %ss, %ecx; push %rcx; push %rdx; push ${flags:#x}

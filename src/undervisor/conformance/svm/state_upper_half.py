@@ -31,7 +31,8 @@ EXITS: Final = {
     "VMMCALL": ("vmmcall", Intercept.VMMCALL, 3, 0),
 }
 BASES: Final = (F.FS_BASE, F.GS_BASE, F.LDTR_BASE, F.TR_BASE)
-NOT_CANONICAL: Final = 0x1234_8000_0000_5000
+NOT_CANONICAL: Final = 0x01FF_8000_0000_5000
+"""Of the upper half where linear addresses have 48 bits, and where they have 57."""
 
 
 def _upstairs(lab: SvmLab) -> Changes:
