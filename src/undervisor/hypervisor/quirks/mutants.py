@@ -2,7 +2,9 @@
 
 A mutant flips one comparison, condition, operator or number, drops one assignment of a field, or
 switches one rule of VM entry off.  `mutant(number)` is a quirk: the L0 of this process changes for
-good, so that a mutant belongs into a process of its own.
+good, before its machine is built, so that a mutant belongs into a process of its own.
+
+What no L1 can see says nothing about a test suite: `equivalents` has such changes, with reasons.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 from undervisor.arch.svm import checks as svm_checks
 from undervisor.arch.vmx import checks as vmx_checks
 from undervisor.errors import BadInput
+from undervisor.hypervisor.quirks.equivalents import EQUIVALENT
 from undervisor.hypervisor.quirks.quirk import Quirk
 
 if TYPE_CHECKING:
-    from undervisor.hypervisor.machine import Machine
+    from undervisor.hypervisor.models import CpuModel
 
 PREFIX: Final = "mutant-"
 _PACKAGE: Final = "undervisor.hypervisor.nested"
@@ -87,6 +90,10 @@ class _Site:
     what: str
     change: Callable[[ast.AST], None]
 
+    def key(self, module: str) -> tuple[str, str]:
+        """What `EQUIVALENT` knows it by."""
+        return f"{module}.{self.function.name}", self.what
+
 
 def mutant(name: str) -> Quirk:
     """The mutant `mutant-N` as a quirk; BadInput where there is no such number."""
@@ -96,10 +103,11 @@ def mutant(name: str) -> Quirk:
         raise BadInput(f"there is no {name}", hint=f"{PREFIX}0 to {PREFIX}{len(known) - 1}")
     found = known[int(number)]
 
-    def apply(machine: Machine) -> None:
+    def change(model: CpuModel) -> CpuModel:
         found.change()
+        return model
 
-    return Quirk(name, found.where, "a random change", apply)
+    return Quirk(name, found.where, "a random change", model=change)
 
 
 def sample(count: int, seed: int = 0) -> list[Mutant]:
@@ -112,13 +120,31 @@ def sample(count: int, seed: int = 0) -> list[Mutant]:
 def all_mutants() -> tuple[Mutant, ...]:
     """Every mutant, in an order that does not depend on anything but the source."""
     found: list[tuple[str, str, Callable[[], None]]] = []
-    for vendor, names in MODULES.items():
-        for name in names:
-            module = importlib.import_module(f"{_PACKAGE}.{vendor}{'.' + name if name else ''}")
-            found += [(vendor, where, change) for where, change in _of_module(module)]
+    for vendor, module in _modules():
+        found += [(vendor, where, change) for where, change in _of_module(module)]
     for vendor, rules in (("vmx", vmx_checks.RULES), ("svm", svm_checks.RULES)):
         found += [(vendor, f"rule {r.id} always holds", _switch_off(r)) for r in rules]
     return tuple(Mutant(number, *row) for number, row in enumerate(found))
+
+
+def all_keys() -> set[tuple[str, str]]:
+    """Every change of a function, as `EQUIVALENT` would name it."""
+    return {
+        site.key(_short(module))
+        for _, module in _modules()
+        for site in _sites(ast.parse(inspect.getsource(module)))
+    }
+
+
+def _modules() -> Iterator[tuple[str, ModuleType]]:
+    for vendor, names in MODULES.items():
+        for name in names:
+            where = f"{_PACKAGE}.{vendor}.{name}".rstrip(".")
+            yield vendor, importlib.import_module(where)
+
+
+def _short(module: ModuleType) -> str:
+    return module.__name__.removeprefix("undervisor.hypervisor.")
 
 
 def _switch_off(rule: Any) -> Callable[[], None]:
@@ -133,8 +159,10 @@ def _switch_off(rule: Any) -> Callable[[], None]:
 
 def _of_module(module: ModuleType) -> Iterator[tuple[str, Callable[[], None]]]:
     source = inspect.getsource(module)
-    short = module.__name__.removeprefix("undervisor.hypervisor.")
+    short = _short(module)
     for index, site in enumerate(_sites(ast.parse(source))):
+        if site.key(short) in EQUIVALENT:
+            continue
         line = getattr(site.node, "lineno", site.function.lineno)
         where = f"{short}:{line} {site.function.name}: {site.what}"
         yield where, _patch(module, source, index)

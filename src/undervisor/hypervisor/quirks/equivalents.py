@@ -1,0 +1,79 @@
+"""Changes of the nested code that are none to L1, by the manual's words: no mutants.
+
+A row names a function, and the change as `mutants` words it; the reason is what a reader checks.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_SLOWER: Final = "the quick way is not taken, and the other comes to the same"
+_AGAIN: Final = "what is kept is worked out again, with the same result"
+_FORGOTTEN: Final = "more translations are forgotten than must be, and are walked again"
+_ASKED: Final = "an exit that nobody wants is handed on to L2"
+
+_ROWS: Final = (
+    # -- SVM
+    ("svm.reset", "self.shadows.stale = True left out",
+     "what INIT does to the translations of L2 is not said, and every VMRUN can flush them"),
+    ("svm.entry._load_controls", "svm.controls = current left out", _AGAIN),
+    ("svm.entry._load_controls", "svm.monitor_armed = False left out",
+     "whether a monitor stays armed over a world switch is not said"),
+    ("svm.paging.select", "self.stale = False left out", _FORGOTTEN),
+    ("svm.paging.walk", "address & -PAGE with another operator", _FORGOTTEN),
+    ("svm.paging.to_hpa", "len(shadow.known) >= _MOST_KNOWN reversed", _AGAIN),
+    ("svm.paging.to_hpa", "shadow.known[page] = (found.gpa & -PAGE, write) left out", _AGAIN),
+    ("svm.state.at", "len(self._vmcbs) >= _MOST_VMCBS reversed", _AGAIN),
+    # -- VMX
+    ("vmx.entry._prepare_host", "nested.host_of = vmcs left out", _AGAIN),
+    ("vmx.controls._page_faults_depend",
+     "fields[F.EXCEPTION_BITMAP] >> Vector.PF & 1 with another operator", _ASKED),
+    ("vmx.controls._page_faults_depend",
+     "fields[F.EXCEPTION_BITMAP] >> Vector.PF with another operator", _ASKED),
+    ("vmx.controls.merge",
+     "primary & PrimaryControls.use_tpr_shadow with another operator", _SLOWER),
+    *(
+        ("vmx.controls._plan", f"{gate} with another operator", _SLOWER)
+        for gate in (
+            "nested.entry_controls & EntryControls.load_pat",
+            "pin & (PinBasedControls.preemption_timer | PinBasedControls.virtual_nmis)",
+            "pin & PinBasedControls.preemption_timer",
+            "leaving & _SAVES",
+            "leaving & ExitControls.load_pat",
+            "primary & _WATCHED",
+            "pin & (PinBasedControls.preemption_timer"
+            " | PinBasedControls.process_posted_interrupts)",
+            "nested.secondary & SecondaryControls.virtual_interrupt_delivery",
+        )
+    ),
+    *(
+        ("vmx.controls._wanted", f"{control} with another operator", _ASKED)
+        for control in (
+            "primary & PrimaryControls.cr3_store_exiting",
+            "primary & PrimaryControls.invlpg_exiting",
+            "primary & PrimaryControls.mov_dr_exiting",
+            "secondary & SecondaryControls.descriptor_table_exiting",
+            "fields[F.EXCEPTION_BITMAP] & _SOFTWARE_EXCEPTIONS",
+        )
+    ),
+    ("vmx.entry._launch", "nested.resident = vmcs left out", _SLOWER),
+    ("vmx.entry._launch", "nested.tables_change = False left out", _AGAIN),
+    ("vmx.instructions.undefined",
+     "vcpu.state.d[usual.HFLAGS] & usual.MODE_MASK with another operator", _SLOWER),
+    *(
+        ("vmx.paging._length", change, "the manual leaves the length of these exits undefined")
+        for change in (
+            "vcpu.exit.event or vcpu.exit.info1 & _SILICON_FETCH negated",
+            "vcpu.exit.info1 & _SILICON_FETCH with another operator",
+            "vcpu.processor.instruction_bytes() negated",
+        )
+    ),
+    ("vmx.instructions._remember", "len(_quick) >= _MOST_REMEMBERED reversed", _SLOWER),
+    ("vmx.instructions._remember", "_quick[data] = quick left out", _SLOWER),
+    ("vmx.instructions.undefined", "quick is None and data[15] negated", _SLOWER),
+    ("vmx.state.abort", "gpa + ABORT_OFFSET with another operator",
+     "the whole machine stops at a VMX abort: nobody is left to read the indicator"),
+)  # fmt: skip
+EQUIVALENT: Final[dict[tuple[str, str], str]] = {
+    (f"nested.{function}", change): reason for function, change, reason in _ROWS
+}
