@@ -6,9 +6,10 @@ from typing import Final
 
 from undervisor.arch.svm.exits import ExitCode, NestedPageFaultInfo
 from undervisor.arch.svm.vmcb import VmcbField as F
+from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer
-from undervisor.conformance.expect import each, equal
+from undervisor.conformance.expect import each, equal, true
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.svm import modes
 from undervisor.conformance.svm.lab import SvmLab
@@ -183,3 +184,17 @@ def nested_paging_needs_a_host_with_paging(lab: SvmLab) -> None:
         run = lab.plan_reading(batch)
     _ = ran.value
     run.is_invalid()
+
+
+@guest_test("APM: VMRUN", "APM: VMSAVE")
+def a_vmcb_where_no_memory_is_does_no_harm(lab: SvmLab) -> None:
+    """VMSAVE and VMRUN with an address that has no memory do nothing or fault, and L1 goes on."""
+    where = (1 << lab.physical_width()) - 0x1000
+    for text in ("vmsave %rax", "vmrun %rax"):
+        with lab.batch() as batch:
+            answer = batch.call(lab.assemble(text), {"rax": where}, [])
+            batch.stgi()
+        fault = answer.fault
+        true(f"{text} must be without an exception but #GP", fault is None
+             or fault.vector == Vector.GP, fault)  # fmt: skip
+    lab.run("nop").ends()

@@ -25,13 +25,17 @@ UD, GP = 6, 13
 SHADOW_VMCS: Final = 1 << 31
 NO_VMCS: Final = (1 << 64) - 1
 LAST_FUNCTION, LAST_EPTP = 63, 511
+BAD: Final = {
+    3: "an EPTP of a reserved memory type", 0x8: "a page walk of 3 levels", 1 << 11: "bit 11",
+}  # fmt: skip
+"""What makes an EPTP a bad one: bits to flip."""
 HIGH_HALVES: Final = 0xABCDEF01 << 32
 
 # -- VM functions ----------------------------------------------------------------------------------
 
 
 def _switching(lab: VmxLab) -> Changes:
-    """EPTP switching with a list of three: the identity, one that has FREE at DATA, a bad one.
+    """EPTP switching with a list: the identity, one that has FREE at DATA, and bad ones.
 
     The last entry of the list is the identity again.
     """
@@ -39,8 +43,8 @@ def _switching(lab: VmxLab) -> Changes:
     other = lab.ept(12, places.nested2)
     lab.write_u64(lab.nested_entry(places.data, root=places.nested2), places.free | 0x37)
     first = lab.ept(12)
-    eptps = first[F.EPT_POINTER], other[F.EPT_POINTER], places.nested | 0x1D
-    lab.write_u64(places.eptp_list, *eptps)
+    good = first[F.EPT_POINTER]
+    lab.write_u64(places.eptp_list, good, other[F.EPT_POINTER], *(good ^ flip for flip in BAD))
     lab.write_u64(places.eptp_list + 8 * LAST_EPTP, first[F.EPT_POINTER])
     lab.write_u64(places.data, 0x11)
     lab.write_u64(places.free, 0x22)
@@ -78,8 +82,9 @@ def a_vm_function_that_is_not_allowed_exits(lab: VmxLab) -> None:
         "function 1": (1, 0, begin), "function 63": (LAST_FUNCTION, 0, begin),
         "function 64": (64, 0, begin), "function 80000000H": (1 << 31, 0, begin),
         "function 0, off": (0, 0, off), "index 512": (0, 512, begin),
-        "index 80000000H": (0, 1 << 31, begin), "an EPTP of a reserved type": (0, 2, begin),
+        "index 80000000H": (0, 1 << 31, begin),
     }  # fmt: skip
+    cases |= {what: (0, 2 + n, begin) for n, what in enumerate(BAD.values())}
     lab.code("vmfunc")
     got = {}
     for name, (function, index, changes) in cases.items():
