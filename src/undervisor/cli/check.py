@@ -15,6 +15,7 @@ from undervisor.errors import BadInput, ExitCode
 from undervisor.host.access.live import LiveHost
 from undervisor.host.access.opening import open_host
 from undervisor.host.access.protocol import Host, KvmOffer
+from undervisor.host.access.shell import ShellHost
 from undervisor.host.below import Below, guest_answer
 from undervisor.host.below import below as what_is_below
 from undervisor.host.checks.engine import Examination, Verdict, examine
@@ -82,8 +83,7 @@ def check(
         raise BadInput(f"{below!r} is nothing that can be below", hint="kvm, tcg, other, nothing")
     with machine(host, guest, recording, ssh_config, shell) as opened:
         facts = gather(opened)
-        offer = opened.kvm() if live else None
-        proof = _proof(opened, offer)
+        offer, proof = _proof(opened) if live else (None, None)
     answer = what_is_below(facts)
     examination = examine(facts, with_security=security, offer=offer, proof=proof)
     if as_json:
@@ -101,15 +101,20 @@ def check(
     raise typer.Exit(exit_code(examination))
 
 
-def _proof(opened: Host, offer: Fact[KvmOffer] | None) -> Proof | None:
-    """What comes of a guest, where KVM here can be asked to run one."""
+def _proof(opened: Host) -> tuple[Fact[KvmOffer], Proof | None]:
+    """What KVM says, and what comes of a guest, where KVM can be asked to run one."""
+    if isinstance(opened, ShellHost):
+        from undervisor.cli.live_elsewhere import ask_and_prove
+
+        return ask_and_prove(opened)
+    offer = opened.kvm()
     if not (isinstance(opened, LiveHost) and isinstance(offer, Known)):
-        return None
+        return offer, None
     from undervisor.cli.live_proof import prove
     from undervisor.targets.kvm.target import KvmTarget
 
     said = offer.value
-    return prove(KvmTarget(), "vmx" if said.vmx else "svm" if said.svm else "")
+    return offer, prove(KvmTarget(), "vmx" if said.vmx else "svm" if said.svm else "")
 
 
 def _guests(facts: Machine) -> list[dict[str, Any]]:

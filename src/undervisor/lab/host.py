@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from undervisor.errors import BadInput
@@ -56,6 +57,16 @@ class LabHost(ShellHost):
         finally:
             if not ended:
                 self.interrupt()
+
+    @contextmanager
+    def hand_over(self, script: str) -> Iterator[socket.socket]:
+        """The level's shell gives way to the program, and another takes its place afterwards."""
+        try:
+            line = self._connected(GREETING_SECONDS)
+            line.sendall(f"{script}\n".encode())
+            yield line
+        finally:
+            self.interrupt()
 
     def timing(self) -> Fact[Timing]:
         """Measured there by the lab's own program."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import struct
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from undervisor.host.access.live import explain_msr
@@ -65,6 +67,11 @@ class ShellHost(Host):
         """The output of `script` as it comes; OSError where the connection breaks or the script
         has not ended after `timeout` seconds."""
         raise OSError(f"{self.name} gives no output before a command has ended")
+
+    def hand_over(self, script: str) -> AbstractContextManager[socket.socket]:
+        """Run `script` with its standard input and output at the end of a line of its own, until
+        the context is left; OSError where that is not possible."""
+        raise OSError(f"{self.name} gives no line to a program")
 
     def read_bytes(self, path: str, limit: int = TEXT_LIMIT) -> Fact[bytes]:
         """Through `head`, which stops at the limit."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from undervisor.errors import BadInput
 from undervisor.host.access.frames import PREPARE, exchange, follow
@@ -82,6 +84,26 @@ class SshHost(ShellHost):
         finally:
             if not ended:
                 self._end()
+
+    @contextmanager
+    def hand_over(self, script: str) -> Iterator[socket.socket]:
+        """Through a connection of its own."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    env=environment(),
+                    start_new_session=True,
+                )
+            try:
+                ours.sendall(f"{script}\n".encode())
+                yield ours
+            finally:
+                kill_group(process)
 
     def close(self) -> None:
         """End the connection."""

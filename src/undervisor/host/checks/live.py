@@ -60,12 +60,12 @@ OFFERS = Kind(
     "live-kvm-offers", _L, Level.OK, "KVM offers the extension to its guests",
     "KVM_GET_SUPPORTED_CPUID holds the flag, which is the reliable sign of nesting: the capability "
     "KVM_CAP_NESTED_STATE is there on AMD even while nesting is off. No guest was run: the machine "
-    "is recorded or elsewhere.",
+    "is a recording.",
 )  # fmt: skip
 OFFERS_NOT = Kind(
     "live-kvm-offers-not", _L, Level.FAIL, "KVM offers its guests no extension",
-    "Its guests can't nest, whatever else looks right. No guest was run: the machine is recorded "
-    "or elsewhere.",
+    "Its guests can't nest, whatever else looks right. No guest was run: the machine is a "
+    "recording.",
     "See the failures of the layers above in this list; where there is none, nested is off: sudo "
     "undervisor enable.",
 )  # fmt: skip
@@ -76,8 +76,10 @@ ANSWERS_NOT = Kind(
 )  # fmt: skip
 NOT_ASKED = Kind(
     "live-kvm-not-asked", _L, Level.UNKNOWN, "KVM could not be asked",
-    "Its device can't be asked from here, or what answered made no sense.",
-    "Run `undervisor check --live` on that machine itself.",
+    "Its device can't be asked from here, or what answered made no sense. Over SSH, and in a level "
+    "of a lab, Python 3.11 there is enough: the proof is sent along.",
+    "Run `undervisor check --live` on that machine itself, or give it Python 3.11 (a lab: "
+    "undervisor lab up --with-python).",
 )  # fmt: skip
 
 
