@@ -6,7 +6,7 @@ import pytest
 
 from undervisor.conformance import compare
 from undervisor.conformance.known import KNOWN, Known, explain
-from undervisor.conformance.record import NAME, Record, as_json, from_json
+from undervisor.conformance.record import NAME, Record, as_json, from_json, renewed
 from undervisor.conformance.runner import Result, Verdict
 from undervisor.conformance.suite import all_tests, select
 from undervisor.errors import BadInput
@@ -58,6 +58,11 @@ def test_a_page_has_the_manuals_words_the_verdicts_and_the_evidence():
     assert f"{known.what} {known.evidence}" in text
 
 
+def test_every_test_can_be_compared():
+    results = [Result(test, "builtin (any)", Verdict.PASSED) for test in all_tests()]
+    assert [row.test for row in compare.compare(results).rows] == list(all_tests())
+
+
 def test_a_disagreement_that_nobody_knows_is_not_explained_away():
     new = [Result(PORTS, "qemu (amd)", Verdict.FAILED, "something new")]
     assert compare.compare(new).unexplained == new
@@ -84,6 +89,32 @@ def test_a_record_of_a_test_that_is_gone_says_so():
         from_json(text)
     assert "svm.exits_io.string_io_said_so" in caught.value.message
     assert "undervisor test 'a b'" in caught.value.hint
+
+
+def test_a_test_that_is_gone_can_be_left_out():
+    text = as_json(record()).replace("string_io_says_so", "string_io_said_so")
+    assert from_json(text, without_gone=True) == record(RESULTS[::2])
+
+
+def test_a_part_is_renewed_and_the_rest_kept():
+    better = Result(STRINGS, "qemu (amd)", Verdict.PASSED)
+    again = Record(compare.compare([better]), "undervisor test a", {"qemu": "qemu 8"})
+    found = renewed(record(), again)
+    assert found.comparison == compare.compare([*RESULTS[:3], better])
+    assert found.command == record().command
+    assert found.versions == {"builtin": "undervisor 0", "qemu": "qemu 8"}
+
+
+def test_a_column_is_added_beside_the_others():
+    more = Record(compare.compare([Result(PORTS, "bochs (amd)", Verdict.PASSED)]), "more", {})
+    found = renewed(record(), Record(more.comparison, "more", {"bochs": "bochs 2"}))
+    assert found.comparison.columns == ("builtin", "qemu", "bochs")
+    assert [row.sign("bochs") for row in found.comparison.rows] == ["✓", ""]
+
+
+def test_a_run_of_everything_brings_its_own_command():
+    again = Record(record().comparison, "undervisor test", VERSIONS)
+    assert renewed(record(), again) == again
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: f"{known.target[:5]} {known.tests[:60]}")

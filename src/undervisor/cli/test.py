@@ -66,7 +66,7 @@ def test(
     ] = None,
     pages: Annotated[
         Path | None,
-        typer.Option("--pages", help="Write the comparison of the targets into this folder."),
+        typer.Option("--pages", help="Write the comparison into this folder, or renew part of it."),
     ] = None,
     tap: Annotated[
         bool, typer.Option("--tap", help="Print the Test Anything Protocol, version 14.")

@@ -39,18 +39,36 @@ def as_json(record: Record) -> str:
     return f'{{\n{head},\n"tests": {{\n{rows}\n}}\n}}\n'
 
 
-def from_json(text: str) -> Record:
-    """A record as it was saved; BadInput where it names a test that is none."""
+def from_json(text: str, *, without_gone: bool = False) -> Record:
+    """A record as it was saved.
+
+    BadInput where it names a test that is none any more, unless those are left out.
+    """
     data = json.loads(text)
     tests = {test.id: test for test in all_tests()}
     gone = [name for name in data["tests"] if name not in tests]
-    if gone:
+    if gone and not without_gone:
         raise BadInput(
             f"the comparison names tests that are none: {', '.join(gone)}",
             hint=f"make it anew: {data['command']}",
         )
-    rows = tuple(_row(tests[name], found) for name, found in data["tests"].items())
+    rows = tuple(_row(tests[name], data["tests"][name]) for name in tests if name in data["tests"])
     return Record(Comparison(tuple(data["versions"]), rows), data["command"], data["versions"])
+
+
+def renewed(old: Record, new: Record) -> Record:
+    """`new`, and from `old` what was not run this time; the command is that of all of it."""
+    before = {row.test: row.results for row in old.comparison.rows}
+    now = {row.test: row.results for row in new.comparison.rows}
+    rows = tuple(
+        Row(test, {**before.get(test, {}), **now.get(test, {})})
+        for test in all_tests()
+        if test in before or test in now
+    )
+    kept = any(row.results.keys() - now.get(row.test, {}).keys() for row in rows)
+    versions = {**old.versions, **new.versions}
+    command = old.command if kept else new.command
+    return Record(Comparison(tuple(versions), rows), command, versions)
 
 
 def _plain(row: Row) -> dict[str, list[str]]:

@@ -41,7 +41,7 @@ class GuestTest:
     title: str
     refs: tuple[str, ...]
     function: Callable[..., None] = field(compare=False)
-    case: object = None
+    case: object = field(default=None, compare=False)
     has_case: bool = False
     cpus: int = 1
     needs: tuple[Need, ...] = ()
