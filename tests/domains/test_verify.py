@@ -63,6 +63,7 @@ def steps(name, *answers):
         ([NO_PYTHON, ended(0, "")], Verdict.BAD),
         ([NO_PYTHON, ended(124)], Verdict.BAD),
         ([NO_PYTHON, ended(127)], Verdict.UNKNOWN),
+        ([NO_PYTHON, Absent("sh -c a long script")], Verdict.UNKNOWN),
         ([NO_PYTHON, Denied("sh")], Verdict.UNKNOWN),
     ],
 )
@@ -71,6 +72,7 @@ def test_only_a_guest_that_ran_is_proof(answers, verdict):
     assert verdicts["nested-guest"] is verdict
     assert found.good is (verdict is Verdict.GOOD)
     assert found.as_json()["verified"] is found.good
+    assert "script" not in found.steps[-1].evidence
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from undervisor.domains.harden import Options
 from undervisor.domains.harden import harden as hardened
 from undervisor.domains.host_topology import medium, topology
 from undervisor.domains.libvirt_xml import DomainXml
-from undervisor.domains.limits import Weight, problems
+from undervisor.domains.limits import Problem, Weight, problems
 from undervisor.domains.model import Boot
 from undervisor.domains.nesting import View, able, lacks
 from undervisor.domains.recommend import MEANING, Need
@@ -242,10 +242,9 @@ def diff(
     raise typer.Exit(ExitCode.NEGATIVE if bad else ExitCode.OK)
 
 
-def _problem(problem: object) -> dict[str, str]:
-    return {key: str(getattr(problem, key)) for key in ("id", "what", "remedy")} | {
-        "weight": problem.weight.value  # type: ignore[attr-defined]
-    }
+def _problem(problem: Problem) -> dict[str, str]:
+    return {"id": problem.id, "weight": problem.weight.value, "what": problem.what,
+            "remedy": problem.remedy}  # fmt: skip
 
 
 @guest.command()

@@ -77,10 +77,6 @@ class Libvirt:
         """Switch a domain off, as if by its power switch."""
         self._ask(f"stop {name}", lambda: self.domain(name).destroy())
 
-    def shut_down(self, name: str) -> None:
-        """Ask a domain's system to shut down."""
-        self._ask(f"shut down {name}", lambda: self.domain(name).shutdown())
-
     def capabilities(self) -> Capabilities:
         """What libvirt gives domains here; host-model's features among it."""
         text = self._ask("read the capabilities", lambda: self.handle.getDomainCapabilities())

@@ -9,9 +9,6 @@ from undervisor.errors import BadInput
 from undervisor.host.access.protocol import Host
 from undervisor.host.fact import Fact, then
 
-EXTENSIONS = {"vmx": "Intel VMX", "svm": "AMD SVM"}
-"""The features without which a guest is no L1."""
-
 VMX_NAMES = {
     "ept": "vmx-ept",
     "ept_ad": "vmx-eptad",

@@ -93,10 +93,10 @@ def prove(host: Host) -> Fact[Proof]:
     script = _QEMU.format(code=code, gap=112 - len(_FIRMWARE_CODE), seconds=int(SECONDS),
                           said=_SAID)  # fmt: skip
     fact = host.run(["sh", "-c", script], 2 * SECONDS + 5)
+    if isinstance(fact, Absent) or (isinstance(fact, Known) and fact.value.status == 127):
+        return Absent("python3, qemu-system-x86_64")
     if not isinstance(fact, Known):
         return fact
-    if fact.value.status == 127:
-        return Absent("python3, qemu-system-x86_64")
     return Known(_by_qemu(fact.value), "QEMU")
 
 

@@ -6,7 +6,7 @@ the command, and the definition stays one that starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from undervisor.domains.choice import Choice, Chosen, Outcome
@@ -279,8 +279,3 @@ Measure = Callable[[Guest, Context], Chosen]
 MEASURES: tuple[Measure, ...] = (_cpu, _disks, _pins, _numa, _huge_pages, _balloon, _network)
 """In this order: the disks' I/O thread is there when threads are pinned, huge pages are decided
 when the balloon is."""
-
-
-def changed(choices: tuple[Choice, ...]) -> Iterator[Choice]:
-    """Those that changed the definition."""
-    return (c for c in choices if c.outcome is Outcome.CHANGED)

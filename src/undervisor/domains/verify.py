@@ -14,7 +14,7 @@ from typing import Any
 from undervisor.domains.nested_proof import Proof, missing, prove
 from undervisor.host.access.protocol import Host
 from undervisor.host.below import Below, below
-from undervisor.host.fact import Fact, Known, Missing, value_or
+from undervisor.host.fact import Fact, Known, value_or
 from undervisor.host.facts.kvm import Presence
 from undervisor.host.facts.machine import Machine, gather
 
@@ -150,13 +150,9 @@ STEPS: tuple[tuple[str, str, Callable[[Machine], Answer]], ...] = (
 def _nested_guest(fact: Fact[Proof]) -> Step:
     title = "a nested guest runs under KVM"
     if not isinstance(fact, Known):
-        return Step("nested-guest", title, Verdict.UNKNOWN, _words(fact), missing(fact))
+        return Step("nested-guest", title, Verdict.UNKNOWN, str(fact), missing(fact))
     proof = fact.value
     if proof.ran:
         return Step("nested-guest", title, Verdict.GOOD, proof.evidence)
     return Step("nested-guest", title, Verdict.BAD, proof.evidence,
                 "undervisor check, inside the guest, names the layer")  # fmt: skip
-
-
-def _words(fact: Missing) -> str:
-    return str(fact)
