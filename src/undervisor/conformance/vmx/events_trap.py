@@ -1,4 +1,4 @@
-"""The monitor trap flag: an exit behind each instruction, whoever carries it out."""
+"""The monitor trap flag, debug exceptions that wait, and NMIs that are unblocked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.conformance.expect import each, equal
 from undervisor.conformance.suite import guest_test
+from undervisor.conformance.vmx.events import NMI, VIRTUAL_NMIS
 from undervisor.conformance.vmx.lab import Changes, VmxLab
-from undervisor.conformance.vmx.needs import control
+from undervisor.conformance.vmx.needs import EPT, control
 
 MTF: Final = control(PrimaryControls, "monitor_trap_flag")
 TRAP: Final = ExitReason.MONITOR_TRAP_FLAG
@@ -97,3 +98,77 @@ def an_instruction_that_exits_does_so_instead(lab: VmxLab) -> None:
     run.exits_with(ExitReason.CPUID)
     run = lab.skip(run, lab.primary(monitor_trap_flag=0))
     run.exits_with(ExitReason.VMCALL)
+
+
+# -- debug exceptions that wait --------------------------------------------------------------------
+
+BREAKPOINT: Final = 1 << 12 | 1
+"""Pending debug exceptions: a breakpoint that was enabled, number 0."""
+LOSE: Final = {
+    "an external interrupt": Type.EXTERNAL_INTERRUPT << 8 | 0x55, "an NMI": Type.NMI << 8 | 2,
+    "#UD": Type.HARDWARE_EXCEPTION << 8 | 6, "INT 80H": Type.SOFTWARE_INTERRUPT << 8 | 0x80,
+}  # fmt: skip
+
+
+@guest_test("SDM: Delivery of Pending Debug Exceptions after VM Entry", "SDM: Event Injection")
+def an_injected_event_takes_the_place_of_pending_debug_exceptions(lab: VmxLab) -> None:
+    """Behind an entry that injects an event nothing is pending: its handler runs, and alone."""
+    lab.code("nop; nop")
+    for name, event in LOSE.items():
+        changes: Changes = {
+            F.GUEST_PENDING_DEBUG_EXCEPTIONS: BREAKPOINT, F.ENTRY_INSTRUCTION_LENGTH: 2,
+            F.ENTRY_INTERRUPTION_INFORMATION: VALID | event, F.GUEST_RFLAGS: 0x202,
+        }  # fmt: skip
+        run = lab.run(None, changes)
+        run.delivers(event & 0xFF)
+        pending = run[F.GUEST_PENDING_DEBUG_EXCEPTIONS]
+        equal(f"what is pending in the handler of {name}", pending, 0)
+
+
+@guest_test("SDM: Injection of Pending MTF VM Exits", "SDM: Saving Non-Register State",
+            needs=[MTF])  # fmt: skip
+def an_injected_trap_exit_keeps_pending_debug_exceptions(lab: VmxLab) -> None:
+    """A monitor-trap exit that is injected comes first; the debug exceptions are still pending."""
+    lab.code("nop; nop")
+    event = VALID | Type.OTHER_EVENT << 8
+    pending = {F.GUEST_PENDING_DEBUG_EXCEPTIONS: BREAKPOINT}
+    run = lab.run(None, {F.ENTRY_INTERRUPTION_INFORMATION: event} | pending)
+    run.exits_with(TRAP)
+    equal("what is pending", run[F.GUEST_PENDING_DEBUG_EXCEPTIONS], BREAKPOINT)
+    run = lab.resume(pending | {F.ENTRY_INTERRUPTION_INFORMATION: 0, F.EXCEPTION_BITMAP: 2})
+    run.exits_with_exception(1)
+    equal("the qualification", run.qualification & 0xF, 1)
+
+
+# -- NMIs ------------------------------------------------------------------------------------------
+
+
+@guest_test("SDM: Event Injection", "SDM: Virtual NMIs", needs=[VIRTUAL_NMIS])
+def an_injected_nmi_blocks_virtual_nmis_until_iret(lab: VmxLab) -> None:
+    """With virtual NMIs, injecting an NMI blocks them in its handler; IRET ends that."""
+    virtual = lab.pin(nmi_exiting=1, virtual_nmis=1)
+    lab.write(lab.stub(2), lab.assemble("cpuid; iretq"))
+    event = VALID | Type.NMI << 8 | 2
+    run = lab.run("nop; nop", virtual | {F.ENTRY_INTERRUPTION_INFORMATION: event})
+    run.exits_with(ExitReason.CPUID)
+    equal("blocking by NMI in the handler", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, NMI)
+    run = lab.skip(run)
+    run.exits_with(ExitReason.VMCALL)
+    equal("blocking by NMI behind IRET", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, 0)
+
+
+@guest_test("SDM: Information About NMI Unblocking Due to IRET", "SDM: EPT Violations",
+            needs=[EPT, VIRTUAL_NMIS])  # fmt: skip
+def an_ept_violation_of_iret_tells_that_it_unblocked_nmis(lab: VmxLab) -> None:
+    """Bit 12 of the qualification is 1 where IRET had unblocked NMIs when its stack was missing."""
+    changes = lab.pin(lab.ept(12), nmi_exiting=1, virtual_nmis=1)
+    lab.write_u64(lab.nested_entry(lab.places.data), 0)
+    code = "mov $DATA, %esp; iretq"
+    for blocked in (0, NMI):
+        run = lab.run(code, changes | {F.GUEST_INTERRUPTIBILITY_STATE: blocked})
+        run.exits_with(ExitReason.EPT_VIOLATION)
+        equal(f"bit 12, blocking {blocked}", run.qualification >> 12 & 1, int(bool(blocked)))
+        equal("blocking by NMI afterwards", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, 0)
+    run = lab.run("mov DATA, %rax", changes | {F.GUEST_INTERRUPTIBILITY_STATE: NMI})
+    run.exits_with(ExitReason.EPT_VIOLATION)
+    equal("bit 12 of another instruction", run.qualification >> 12 & 1, 0)
