@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from undervisor.hypervisor.nested.svm.state import SvmState
     from undervisor.hypervisor.vcpu import Vcpu
 
+_MASK64: Final = (1 << 64) - 1
 _SHADOWS: Final = 4
 _MOST_KNOWN: Final = 1 << 16
 _SHIFTS: Final = (30, 21)
@@ -264,7 +265,7 @@ def instruction_bytes(vcpu: Vcpu, svm: SvmState) -> bytes:
             break
         part = min(decode.MAX_LENGTH - len(data), PAGE - gva % PAGE)
         data += vcpu.memory.read(hpa, part)
-        gva = gva + part & (1 << 64) - 1
+        gva = gva + part & _MASK64
     return data
 
 

@@ -194,7 +194,6 @@ class NestedVmx:
         self.vmx.set_current(None, vcpu.vmcb02)
         self.vmx.in_operation = False
         self.resident = self.host_of = None
-        self.timer_deadline = None
         paging.release(self)
         apic.release(vcpu, self)
 

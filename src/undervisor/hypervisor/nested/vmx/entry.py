@@ -146,8 +146,7 @@ def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> Non
     if nested.loads_debug:
         q[_DR7] = fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
     q[_EFER] = guest_efer(vcpu, nested, fields)
-    vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3 if fresh else vmcb.cpl
-    if F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
+    if fresh or F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
         vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3
     if entry_controls & EntryControls.load_debug_controls:
         nested.save_msr(vcpu, Msr.DEBUGCTL, fields[F.GUEST_DEBUGCTL])
@@ -187,7 +186,6 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
             reason = ExitReason.ENTRY_FAILURE_MSR_LOADING | _FAILURE
             return exit.leave_failed_entry(vcpu, nested, reason, number)
     vmcs.written.clear()
-    vmcs.stale = True
     if launch:
         vmcs.launched = True
     if nested.enters_more:
@@ -196,7 +194,6 @@ def _launch(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, launch: bool) -> Verdi
         apic.at_entry(vcpu, nested)
     vcpu.activity = ACTIVITIES[fields[F.GUEST_ACTIVITY_STATE]]
     vcpu.attention = nested.watchful or vcpu.activity is not Activity.ACTIVE or vcpu.has_pending
-    nested.pending_debug = 0
     if fields[F.GUEST_PENDING_DEBUG_EXCEPTIONS]:
         events.load_pending_debug(vcpu, nested, fields)
     if not fields[F.ENTRY_INTERRUPTION_INFORMATION] >> 31:

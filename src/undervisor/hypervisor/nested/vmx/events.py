@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _NMI_INFORMATION: Final = 2 | 2 << 8 | 1 << 31
 _EXTERNAL_INFORMATION: Final = 1 << 31
+_MASK64: Final = (1 << 64) - 1
 _IF: Final = 0x200
 _TF: Final = 0x100
 _STI: Final = 0xFB
@@ -203,12 +204,9 @@ def load_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None
     blocking = fields[F.GUEST_INTERRUPTIBILITY_STATE]
     if blocking:
         nested.shadow_rip = fields[F.GUEST_RIP]
-    blocked = bool(blocking & _BLOCKING_BY_NMI)
-    if nested.pin & _VIRTUAL_NMIS:
-        nested.virtual_nmi_blocked = blocked
-        vcpu.nmi_blocked = False
-    else:
-        vcpu.nmi_blocked = blocked
+    blocked, virtual = bool(blocking & _BLOCKING_BY_NMI), bool(nested.pin & _VIRTUAL_NMIS)
+    nested.virtual_nmi_blocked = blocked and virtual
+    vcpu.nmi_blocked = blocked and not virtual
 
 
 def shadow_is_mov_ss(vcpu: Vcpu, nested: NestedVmx) -> bool:
@@ -217,7 +215,7 @@ def shadow_is_mov_ss(vcpu: Vcpu, nested: NestedVmx) -> bool:
     """
     if vcpu.state.q[16] == nested.shadow_rip:
         return nested.blocking_by_mov_ss
-    address = vcpu.linear_rip() - 1 & (1 << 64) - 1
+    address = vcpu.linear_rip() - 1 & _MASK64
     found = walk(
         vcpu.paging_rules(), vcpu.state.cr3, address, 0, lambda at: nested.peek_gpa(vcpu, at)
     )

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _SAVE_AREA: Final = slice(V.ES_SELECTOR, V.CR2 + 8)
 _CODE64, _CODE32, _DATA, _TSS = 0xA9B, 0xC9B, 0xC93, 0x08B
 _FLAT: Final = 0xFFFF_FFFF
+_MASK64: Final = (1 << 64) - 1
 _TSS_LIMIT: Final = 0x67
 _TABLE_LIMIT: Final = 0xFFFF
 _VALID: Final = 1 << 31
@@ -191,7 +192,7 @@ def record_vectoring(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> N
     if event >> 8 & 7 >= InterruptionType.SOFTWARE_INTERRUPT and vcpu.state.is_int:
         event, length = _software_event(vcpu, event)
         fields[F.EXIT_INSTRUCTION_LENGTH] = length
-        vcpu.state.rip = vcpu.state.rip - length & (1 << 64) - 1
+        vcpu.state.rip = vcpu.state.rip - length & _MASK64
     fields[F.IDT_VECTORING_INFORMATION] = event & 0x8000_0FFF
     fields[F.IDT_VECTORING_ERROR_CODE] = event >> 32
     vcpu.exit.event = 0
@@ -204,7 +205,7 @@ def _software_event(vcpu: Vcpu, event: int) -> tuple[int, int]:
     """
     one_byte = _ONE_BYTE.get(event & 0xFF)
     if one_byte and event >> 8 & 7 == InterruptionType.SOFTWARE_INTERRUPT:
-        before = vcpu.read_gva(vcpu.linear_rip() - 1 & (1 << 64) - 1, 1)
+        before = vcpu.read_gva(vcpu.linear_rip() - 1 & _MASK64, 1)
         if before == one_byte:
             return event & ~0x700 | InterruptionType.SOFTWARE_EXCEPTION << 8, 1
     next_rip, length = vcpu.processor.software
@@ -295,7 +296,6 @@ def load_host_state(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> Ve
     vcpu.activity = Activity.ACTIVE
     vcpu.attention = vcpu.has_pending
     vcpu.processor.request_window(False)
-    nested.virtual_nmi_blocked = False
     vcpu.load_vmx(host)
     return _load_more(vcpu, nested, fields) if nested.loads_more else SWITCHED
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Instruction = Callable[["Vcpu", "NestedVmx", decode.Instruction], Verdict]
 
 _PAGE_OFFSET: Final = 0xFFF
+_MASK64: Final = (1 << 64) - 1
 _WIDTH_MASK: Final = {
     FieldWidth.BITS_16: 0xFFFF,
     FieldWidth.BITS_32: 0xFFFF_FFFF,
@@ -409,7 +410,7 @@ def invept(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdic
         INVEPT_SINGLE_CONTEXT: ept.invept_single_context,
         INVEPT_ALL_CONTEXT: ept.invept_all_context,
     }
-    eptp = descriptor & (1 << 64) - 1
+    eptp = descriptor & _MASK64
     bad = kind == INVEPT_SINGLE_CONTEXT and not entry.is_eptp_valid(nested, eptp)
     if not supported.get(kind) or bad:
         return fail(vcpu, nested, decoded, Error.INVALID_OPERAND_TO_INVEPT_OR_INVVPID)
