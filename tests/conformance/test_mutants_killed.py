@@ -1,4 +1,4 @@
-"""The suite finds nearly all of what goes wrong in the nested code, and knows what cannot be found."""
+"""The suite finds nearly all that goes wrong in the nested code, and knows what cannot be found."""
 
 import json
 import subprocess
