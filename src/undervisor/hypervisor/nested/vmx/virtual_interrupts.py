@@ -86,7 +86,6 @@ def _set_status(nested: NestedVmx, *, rvi: int, svi: int) -> None:
 
 def at_entry(vcpu: Vcpu, nested: NestedVmx) -> None:
     """VM entry: PPR virtualization and the evaluation of what is pending."""
-    nested.virtual_pending = False
     if delivers(nested):
         _virtualize_ppr(vcpu, nested)
         _evaluate(vcpu, nested)
