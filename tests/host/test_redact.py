@@ -21,6 +21,7 @@ SECRETS = {
     "board asset tag: i-0123456789abcdef0": "i-0123456789abcdef0",
     "file=/home/alice/disk.qcow2": "alice",
     "hello myhost.example.org": "myhost",
+    "Linux version 6.1.0 (me@buildbox) (gcc 12)": "me@buildbox",
     "Sequence Code:        0000000000012345": "0000000000012345",
 }
 

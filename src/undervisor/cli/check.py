@@ -25,6 +25,9 @@ from undervisor.host.facts.machine import Machine, gather
 from undervisor.host.facts.software import Guest
 from undervisor.report.examination import one_line, print_examination
 
+PLACES = "`here`, user@name, lab:l1, guest:NAME (its libvirt agent), or a recording's folder."
+"""What the commands that look at several machines take for each."""
+
 HostOption = Annotated[
     str, typer.Option("--host", help="A machine over SSH, user@name, or a lab's: lab:l1.")
 ]

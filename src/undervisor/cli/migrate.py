@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import sys
 from typing import Annotated
 
@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from undervisor.cli.check import JsonOption, SshConfigOption
+from undervisor.cli.check import PLACES, JsonOption, SshConfigOption
 from undervisor.errors import BadInput, ExitCode
-from undervisor.host.access.opening import open_host
+from undervisor.host.access.opening import open_place
 from undervisor.host.facts.machine import gather
 from undervisor.host.migration.capabilities import vmx_msrs
 from undervisor.host.migration.judge import Move, Side, Verdict, judge
@@ -30,7 +30,7 @@ _COLOURS = {
 
 
 def migrate(
-    source: Annotated[str, typer.Argument(help="`here`, user@name, or a recording's folder.")],
+    source: Annotated[str, typer.Argument(help=f"The machine: {PLACES}")],
     destination: Annotated[str, typer.Argument(help="The same; equal to SOURCE for a snapshot.")],
     case: Annotated[
         str, typer.Option("--case", help=f"One of {', '.join(c.word for c in Case)}; else all.")
@@ -47,7 +47,8 @@ def migrate(
     chosen = [c for c in Case if case in ("", c.word)]
     if not chosen:
         raise BadInput(f"no case {case!r}", hint=", ".join(c.word for c in Case))
-    here, there = _side(source, ssh_config), _side(destination, ssh_config)
+    here = _side("source", source, ssh_config)
+    there = _side("destination", destination, ssh_config)
     moves = [judge(here, there, c) for c in chosen]
     if as_json:
         json.dump([move.as_json() for move in moves], sys.stdout, indent=2)
@@ -59,17 +60,14 @@ def migrate(
     raise typer.Exit(ExitCode.OK if good else ExitCode.NEGATIVE)
 
 
-def _side(word: str, ssh_config: str) -> Side:
-    """Read one machine: `here`, a folder, or a name."""
-    if word == "here":
-        host = open_host()
-    elif os.path.sep in word or os.path.isdir(word):
-        host = open_host(recording=word)
-    else:
-        host = open_host(host=word, ssh_config=ssh_config)
+def _side(role: str, word: str, ssh_config: str) -> Side:
+    """Read one machine, and call it by its role: recordings have no names."""
+    host = open_place(word, ssh_config)
     try:
         machine = gather(host)
-        return Side(machine, vmx_msrs(host, machine))
+        return Side(
+            dataclasses.replace(machine, name=f"{role}, {machine.name}"), vmx_msrs(host, machine)
+        )
     finally:
         host.close()
 

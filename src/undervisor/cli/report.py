@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
-from undervisor.cli.check import SshConfigOption
+from undervisor.cli.check import PLACES, SshConfigOption
 from undervisor.errors import BadInput, ExitCode
-from undervisor.host.access.opening import open_host
-from undervisor.host.access.protocol import Host
-from undervisor.host.access.schemes import opener
+from undervisor.host.access.opening import open_place
 from undervisor.report.bundle import Bundle, contents, level, write
-
-_WHERE = "`here`, user@name, lab:l1, guest:NAME (its libvirt agent), or a recording's folder."
 
 
 def report(
     path: Annotated[str, typer.Argument(help="The zip to write; nothing else is written.")],
-    l0: Annotated[str, typer.Option("--l0", help=f"The host: {_WHERE}")] = "",
-    l1: Annotated[str, typer.Option("--l1", help=f"The guest hypervisor: {_WHERE}")] = "",
-    l2: Annotated[str, typer.Option("--l2", help=f"The nested guest: {_WHERE}")] = "",
+    l0: Annotated[str, typer.Option("--l0", help=f"The host: {PLACES}")] = "",
+    l1: Annotated[str, typer.Option("--l1", help=f"The guest hypervisor: {PLACES}")] = "",
+    l2: Annotated[str, typer.Option("--l2", help=f"The nested guest: {PLACES}")] = "",
     ssh_config: SshConfigOption = "",
 ) -> None:
     """Collect what the kernel's document asks for from L0, L1 and L2, without secrets.
@@ -36,7 +31,7 @@ def report(
         raise BadInput(f"{path} does not end in .zip")
     levels = []
     for name, place in places.items():
-        host = _open(place, ssh_config)
+        host = open_place(place, ssh_config)
         try:
             levels.append(level(name, host))
         finally:
@@ -52,13 +47,3 @@ def report(
     for gap in gaps:
         print(f"missing: {gap['level']} {gap['item']} ({gap['why']}); get it with: {gap['get']}")
     raise typer.Exit(ExitCode.NEGATIVE if gaps else ExitCode.OK)
-
-
-def _open(place: str, ssh_config: str) -> Host:
-    if place == "here":
-        return open_host()
-    if place.startswith("guest:"):
-        return open_host(guest=place.removeprefix("guest:"))
-    if not opener(place) and (os.path.sep in place or os.path.isdir(place)):
-        return open_host(recording=place)
-    return open_host(host=place, ssh_config=ssh_config)

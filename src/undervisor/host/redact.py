@@ -1,7 +1,8 @@
 """Take secrets out of text: the same secret becomes the same word, so that relations survive.
 
 What is removed: private keys, credentials in URLs and on command lines, well-known token shapes,
-serial numbers, UUIDs, MAC and IP addresses, instance ids, home folders and the machine's names.
+serial numbers, UUIDs, MAC and IP addresses, instance ids, home folders, who built the kernel, and
+the machine's names.
 Kept on purpose: loopback and unspecified addresses, version numbers, PCI addresses.
 """
 
@@ -104,6 +105,10 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("instance-id", re.compile(r"\b(?:i|ami|vol|eni)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")),
     Pattern(
         "email", re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[a-z]{2,10}\b")
+    ),
+    Pattern(
+        "builder",
+        re.compile(r"Linux version \S{1,100} \((?P<secret>[^\s@()]{1,64}@[^\s()]{1,253})\)"),
     ),
     Pattern("home", re.compile(r"/home/(?P<secret>[^/\s:,;'\"]{1,64})")),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from undervisor.errors import BadInput
@@ -11,6 +12,8 @@ from undervisor.host.access.protocol import Host
 from undervisor.host.access.recorded import RecordedHost
 from undervisor.host.access.schemes import opener
 from undervisor.host.access.ssh import SshHost, ssh_command
+
+_GUEST = "guest:"
 
 
 def open_host(
@@ -46,6 +49,18 @@ def open_host(
         agent.greet()
         return agent
     return LiveHost(root or "/")
+
+
+def open_place(place: str, ssh_config: str = "") -> Host:
+    """The machine that one word names: `here`, user@name, lab:l1, guest:NAME (through its libvirt
+    agent), or a recording's folder.  BadInput where it can't be reached."""
+    if place == "here":
+        return open_host()
+    if place.startswith(_GUEST):
+        return open_host(guest=place.removeprefix(_GUEST))
+    if not opener(place) and (os.path.sep in place or os.path.isdir(place)):
+        return open_host(recording=place)
+    return open_host(host=place, ssh_config=ssh_config)
 
 
 def _words(command: str) -> list[str]:

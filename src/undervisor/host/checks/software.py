@@ -106,11 +106,17 @@ def check(machine: Machine) -> Iterator[Finding]:
     if isinstance(software.guests, Known):
         without = [g for g in software.guests.value if not g.wants_kvm and g.holds_kvm is not True]
         if without:
-            yield GUEST_EMULATED.found(*(f"{g.name} (pid {g.pid})" for g in without[:5]))
+            yield GUEST_EMULATED.found(*(_named(guest) for guest in without[:5]))
     yield from _guests_without(machine)
     failed = [*software.failed_entries, *machine.kernel.logged(r"KVM: entry failed")]
     if failed:
         yield ENTRY_FAILED.found(*failed)
+
+
+def _named(guest: Guest) -> str:
+    """A guest by its name, where it has one, and its process."""
+    number = f"pid {guest.pid}"
+    return number if guest.name == number else f"{guest.name} ({number})"
 
 
 def _guests_without(machine: Machine) -> Iterator[Finding]:
