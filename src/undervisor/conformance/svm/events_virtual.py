@@ -56,7 +56,7 @@ CASES: Final = {
 @guest_test("APM: Virtual Interrupts", "APM: Injecting Virtual (INTR) Interrupts")
 def a_virtual_interrupt_needs_if_and_priority(lab: SvmLab) -> None:
     """V_IRQ is taken when IF is 1 and its priority is above V_TPR, which V_IGN_TPR leaves out."""
-    lab.code("nop; mov %cr8, %rbx; mov %rbx, %cr8; nop")
+    lab.code("nop; nop")
     runs = {name: lab.run(None, changes) for name, (changes, _) in CASES.items()}
     stub = lab.stub(VIRTUAL)
     got = {name: run.code == ExitCode.VMMCALL and run.rip == stub for name, run in runs.items()}
@@ -64,6 +64,16 @@ def a_virtual_interrupt_needs_if_and_priority(lab: SvmLab) -> None:
     left = {name: bool(run[F.V_INTR_CONTROL] & V_IRQ) for name, run in runs.items()}
     asked = {name: changes[F.V_INTR_CONTROL] & V_IRQ for name, (changes, _) in CASES.items()}
     each("V_IRQ after the exit", left, lambda name: bool(asked[name]) and not CASES[name][1])
+
+
+@guest_test("APM: Virtual Interrupts", "APM: V_TPR")
+def without_v_irq_no_priority_makes_an_interrupt(lab: SvmLab) -> None:
+    """While V_IRQ is 0 nothing is delivered, though L2 lowers its TPR below V_INTR_PRIO."""
+    changes = CASES["without V_IRQ"][0]
+    for extra in (0, IGNORE):
+        changes |= {F.V_INTR_CONTROL: changes[F.V_INTR_CONTROL] | extra}
+        lab.run("mov $15, %ebx; mov %rbx, %cr8; nop; xor %ebx, %ebx; mov %rbx, %cr8; nop",
+                changes).ends()  # fmt: skip
 
 
 @guest_test("APM: VINTR Intercept", "APM: Virtual Interrupts")
