@@ -38,3 +38,17 @@ def test_the_exit_code_is_the_verdict(source, destination, case, code, capsys):
 @pytest.mark.parametrize("words", [["/no/such/a", "/no/such/b"], ["here", "here", "--case", "x"]])
 def test_bad_options_are_bad_input(words):
     assert run(*words) == 2
+
+
+def test_evidence_says_which_of_the_two_machines_it_is_about(capsys):
+    run(HOSTS / "amd-stable-6.12.40", HOSTS / "amd-stable-6.12.40", "--json")
+    said = json.loads(capsys.readouterr().out)[0]["findings"]
+    words = " ".join(piece for finding in said for piece in finding["evidence"])
+    assert "source, amd-stable-6.12.40: kernel 6.12.40" in words
+    assert "destination, amd-stable-6.12.40: kernel 6.12.40" in words
+
+
+def test_a_level_of_a_lab_is_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert run("lab:nobody/l1", HOSTS / "amd-bare-metal") == 2
+    assert "the lab nobody does not run" in capsys.readouterr().err
