@@ -485,13 +485,17 @@ def test_vmfunc_switches_the_eptp_without_an_exit(lab):
 
 @pytest.mark.parametrize(
     ("function", "index", "eptp"),
-    [(0, 512, EPT2 | 0x1E), (0, 3, EPT2 | 0x1F), (1, 3, EPT2 | 0x1E), (64, 3, EPT2 | 0x1E)],
+    [(0, 512, EPT2 | 0x1E), (0, 3, EPT2 | 0x1F), (1, 3, EPT2 | 0x1E), (63, 3, EPT2 | 0x1E)],
 )
 def test_a_bad_vmfunc_exits(lab, function, index, eptp):
     changes = vm_functions(lab)
     lab.memory.set_u64(EPTP_LIST + 8 * 3, eptp)
     run = lab.run("vmfunc", changes, {"rax": function, "rcx": index})
     assert (run.reason, run.length) == (R.VMFUNC, 3)
+
+
+def test_a_number_above_63_is_no_vm_function(lab):
+    assert lab.run("vmfunc", vm_functions(lab), {"rax": 64}).vector == 6
 
 
 def test_vmfunc_exits_if_the_function_is_off_and_is_undefined_if_all_are(lab):

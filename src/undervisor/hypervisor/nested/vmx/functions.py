@@ -36,13 +36,13 @@ _BITMAP_FIELDS: Final = 1 << 15
 
 
 def vmfunc(vcpu: Vcpu, nested: NestedVmx, decoded: decode.Instruction) -> Verdict | None:
-    """VMFUNC; function 0 is EPTP switching. SDM 3C "VM Functions"."""
+    """VMFUNC; function 0 is EPTP switching, and #UD is a number above 63. SDM 3C "VM Functions"."""
     q, fields = vcpu.state.q, nested.fields
     function = q[0] & 0xFFFF_FFFF
     enabled = nested.secondary & SecondaryControls.enable_vm_functions
-    if not enabled:
+    if not enabled or function >= _MOST_FUNCTIONS:
         return None
-    allowed = function < _MOST_FUNCTIONS and fields[F.VM_FUNCTION_CONTROLS] >> function & 1
+    allowed = fields[F.VM_FUNCTION_CONTROLS] >> function & 1
     index = q[1] & 0xFFFF_FFFF
     if not allowed or function != 0 or index >= _EPTP_LIST:
         return exit.leave(vcpu, nested, ExitReason.VMFUNC, length=decoded.len)
