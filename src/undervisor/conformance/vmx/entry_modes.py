@@ -14,8 +14,8 @@ from undervisor.conformance.suite import guest_test
 from undervisor.conformance.vmx.lab import Changes, VmxLab
 from undervisor.conformance.vmx.needs import EPT, UNRESTRICTED, misc
 
-CODE32, CODE16, DATA16 = 0xC09B, 0x009B, 0x0093
-"""Access rights of segments: 32-bit code, and 16-bit code and data."""
+CODE32, DATA16 = 0xC09B, 0x0093
+"""Access rights of segments: 32-bit code, and what all are in real mode."""
 LONG: Final = int(Efer.lme | Efer.lma)
 
 
@@ -58,7 +58,7 @@ def _real(lab: VmxLab) -> Changes:
         changes |= {
             F[f"GUEST_{name}_SELECTOR"]: base >> 4 & 0xFFFF, F[f"GUEST_{name}_BASE"]: base,
             F[f"GUEST_{name}_LIMIT"]: 0xFFFF,
-            F[f"GUEST_{name}_ACCESS_RIGHTS"]: CODE16 if name == "CS" else DATA16,
+            F[f"GUEST_{name}_ACCESS_RIGHTS"]: DATA16,
         }  # fmt: skip
     return changes
 

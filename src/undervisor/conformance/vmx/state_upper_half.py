@@ -19,7 +19,7 @@ IN_L1: Final = {
     "VMREAD": "mov $0x681e, %ecx; vmread %rcx, %rdx", "VMWRITE": "mov $0x681e, %ecx;"
     "vmwrite %rcx, %rcx", "VMREAD to memory": "mov $0x681e, %ecx; vmread %rcx, DATA",
     "VMPTRST": "vmptrst DATA", "VMPTRLD": "vmptrst DATA; vmptrld DATA",
-    "VMCALL": "vmcall", "VMRESUME that fails": "vmclear DATA + 8; vmresume",
+    "VMXON that fails": "vmxon DATA + 8", "VMRESUME that fails": "vmclear DATA + 8; vmresume",
 }  # fmt: skip
 # The instruction, the exit's reason, its length and its qualification.
 EXITS: Final = {
