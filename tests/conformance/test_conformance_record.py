@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from undervisor.cli.test_files import write_pages
 from undervisor.conformance import compare
 from undervisor.conformance.known import KNOWN, Known, explain
 from undervisor.conformance.record import NAME, Record, as_json, from_json, renewed
@@ -89,6 +90,27 @@ def test_a_record_of_a_test_that_is_gone_says_so():
         from_json(text)
     assert "svm.exits_io.string_io_said_so" in caught.value.message
     assert "undervisor test 'a b'" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "", "versions": {}}', as_json(
+    record()).replace('"failed"', '"odd"')])  # fmt: skip
+def test_what_is_no_record_is_told(text):
+    with pytest.raises(BadInput) as caught:
+        from_json(text)
+    assert "no record of a comparison" in caught.value.message
+
+
+def test_pages_that_are_there_are_renewed_and_those_of_no_failure_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/undervisor", "test", "--pages", "a b"])
+    write_pages(tmp_path, RESULTS)
+    first = {path.name for path in tmp_path.iterdir()}
+    assert first == {"README.md", NAME, compare.page_name(STRINGS)}
+    write_pages(tmp_path, [Result(STRINGS, "qemu (amd)", Verdict.PASSED)])
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", NAME}
+    text = (tmp_path / "README.md").read_text()
+    assert "Made by `undervisor test --pages 'a b'`" in text
+    assert "| string_io_says_so | ✓ | ✓ |" in text
+    assert "| skipped | 0 | 1 |" in text
 
 
 def test_a_test_that_is_gone_can_be_left_out():

@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 def write_pages(folder: Path, found: Sequence[Result]) -> None:
-    """The table, a page for each disagreement, the record; pages of an earlier run go."""
+    """The table, a page for each disagreement, the record; what was not run is kept from there."""
     from undervisor.cli.versions import version_of
     from undervisor.conformance.compare import compare
-    from undervisor.conformance.record import Record
+    from undervisor.conformance.record import NAME, Record, from_json, renewed
 
     comparison = compare(found)
     command = shlex.join(["undervisor", *sys.argv[1:]])
     versions = {column: version_of(column) for column in comparison.columns}
-    made = dict(Record(comparison, command, versions).files())
+    record = Record(comparison, command, versions)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / NAME).exists():
+            text = (folder / NAME).read_text(encoding="utf-8")
+            record = renewed(from_json(text, without_gone=True), record)
+        made = dict(record.files())
         for old in folder.glob("*.md"):
             if old.name not in made and old.name.startswith(("vmx.", "svm.")):
                 old.unlink()

@@ -42,18 +42,24 @@ def as_json(record: Record) -> str:
 def from_json(text: str, *, without_gone: bool = False) -> Record:
     """A record as it was saved.
 
-    BadInput where it names a test that is none any more, unless those are left out.
+    BadInput where it is none, or names a test that is none any more, unless those are left out.
     """
-    data = json.loads(text)
-    tests = {test.id: test for test in all_tests()}
-    gone = [name for name in data["tests"] if name not in tests]
+    try:
+        data = json.loads(text)
+        command, versions, found = data["command"], data["versions"], data["tests"]
+        tests = {test.id: test for test in all_tests()}
+        rows = tuple(_row(tests[name], found[name]) for name in tests if name in found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"this is no record of a comparison: {error}", hint="remove it, and make it anew"
+        ) from None
+    gone = [name for name in found if name not in tests]
     if gone and not without_gone:
         raise BadInput(
             f"the comparison names tests that are none: {', '.join(gone)}",
-            hint=f"make it anew: {data['command']}",
+            hint=f"make it anew: {command}",
         )
-    rows = tuple(_row(tests[name], data["tests"][name]) for name in tests if name in data["tests"])
-    return Record(Comparison(tuple(data["versions"]), rows), data["command"], data["versions"])
+    return Record(Comparison(tuple(versions), rows), command, versions)
 
 
 def renewed(old: Record, new: Record) -> Record:
