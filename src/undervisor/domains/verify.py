@@ -138,7 +138,7 @@ def _device(machine: Machine) -> Answer:
 
 
 STEPS: tuple[tuple[str, str, Callable[[Machine], Answer]], ...] = (
-    ("below", "this guest runs on KVM", _below_here),
+    ("below", "what this guest runs on", _below_here),
     ("flags", "the processor shows the extension", _flags),
     ("module", "KVM's module is loaded", _module),
     ("nested-parameter", "KVM's parameter nested is on", _nested),
