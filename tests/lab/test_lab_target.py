@@ -60,6 +60,9 @@ class StandInLab:
         assert name == "agent"
         return self.line
 
+    def last_words(self):
+        return "L1 ended: killed" if self.process.poll() is not None else ""
+
     def close(self):
         self.closed = True
         assert self.line.fileno() == -1, "the target closes the stream that it asked for"
@@ -91,10 +94,15 @@ def test_l1_is_started_once_and_when_it_is_needed():
 
 def test_an_l1_that_has_died_is_started_again():
     with a_lab("sleeps") as target:
+        known = target.abilities
         with target.start(JOB) as running:
             os.killpg(StandInLab.made[0].process.pid, signal.SIGKILL)
+            StandInLab.made[0].process.wait()
             end = running.wait(20)
-        assert (end.how, end.text[:31]) == (How.TARGET_DIED, "the machine is out of reach: it")
+        text = "the machine is out of reach: its agent: L1 ended: killed"
+        assert (end.how, end.text) == (How.TARGET_DIED, text)
+        assert target.abilities is known, "what is known is not asked of a new L1"
+        assert len(StandInLab.made) == 1
         with target.start(JOB) as running:
             assert not running.registers()[0]
         first, second = StandInLab.made

@@ -217,10 +217,7 @@ class Lab:
         """GuestDied where the VMM of a level has ended."""
         assert self._place is not None
         if not self._place.runs():
-            raise GuestDied(
-                f"L1 ended: {self._last_words(self._place)}; the end of its console: "
-                f"{self._console_end(1)}"
-            )
+            raise GuestDied(self._end_of_l1(self._place))
         if number > 1:
             outside = self.level(number - 1)
             if outside.run(f"kill -0 $(cat {_VMM_PID})").status:
@@ -280,6 +277,20 @@ class Lab:
     def note(self, **about: Any) -> None:
         """Add to what is recorded of the lab."""
         self.place.write({**self.place.record(), **about})
+
+    def last_words(self) -> str:
+        """How L1 ended, in QEMU's last words or the console's; empty while it runs.
+
+        A line to L1 closes a moment before the process is gone.
+        """
+        if self._place is None:
+            return ""
+        _until_gone(self._place, _LOOK_EVERY)
+        return "" if self._place.runs() else self._end_of_l1(self._place)
+
+    def _end_of_l1(self, place: Place) -> str:
+        console = self._console_end(1)
+        return f"L1 ended: {self._last_words(place)}; the end of its console: {console}"
 
     # -- ending ----------------------------------------------------------------------------------
 

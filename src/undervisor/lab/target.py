@@ -33,6 +33,33 @@ def _lab() -> Lab:
     return Lab(plan=Plan(python=True, cpus=1))
 
 
+class _LineToL1(SocketStream):
+    """The agent's line, which at its end says what QEMU, or L1, said at theirs."""
+
+    def __init__(self, connection: socket.socket, lab: Lab) -> None:
+        super().__init__(connection)
+        self._lab = lab
+
+    def send(self, data: bytes) -> None:
+        """As `SocketStream`; EOFError with L1's last words where L1 is gone."""
+        try:
+            super().send(data)
+        except TimeoutError:
+            raise
+        except OSError:
+            raise self._end() from None
+
+    def receive(self, timeout: float) -> bytes:
+        """As `SocketStream`; EOFError with L1's last words where L1 is gone."""
+        try:
+            return super().receive(timeout)
+        except (EOFError, OSError):
+            raise self._end() from None
+
+    def _end(self) -> EOFError:
+        return EOFError(self._lab.last_words() or "its line is closed")
+
+
 class LabTarget:
     """A Linux L1 with KVM, started when it is needed."""
 
@@ -48,11 +75,14 @@ class LabTarget:
         self._lab: Lab | None = None
         self._bridge: BridgeTarget | None = None
         self._line: socket.socket | None = None
+        self._abilities: Abilities | None = None
 
     @property
     def abilities(self) -> Abilities:
-        """What L1's KVM can do; BadInput where L1 has none."""
-        return self._up().abilities
+        """What L1's KVM can do; BadInput where L1 has none.  L1 is asked once."""
+        if self._abilities is None:
+            self._abilities = self._up().abilities
+        return self._abilities
 
     def start(self, job: Job) -> BridgeRunning:
         """Start an image on L1's KVM, in a new L1 where the old one has died."""
@@ -76,6 +106,6 @@ class LabTarget:
             self._lab.start(levels=1)
             self._lab.level(1).run(AGENT)
             self._line = self._lab.stream(ports.AGENT)
-            stream = SocketStream(self._line)
+            stream = _LineToL1(self._line, self._lab)
             self._bridge = BridgeTarget(stream, self.name, patience=PATIENCE)
         return self._bridge
