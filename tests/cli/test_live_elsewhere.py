@@ -93,6 +93,21 @@ def test_a_python_that_does_not_run_the_agent_is_told(tmp_path, monkeypatch, pyt
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.parametrize("said", [b"[]", b"{}", b'{"version": 1, "facts": []}', b"\xff{"])
+def test_an_answer_that_makes_no_sense_is_told(kvm_is, monkeypatch, said):
+    text = f"""
+from undervisor.targets.kvm.words import Word, answer, say
+os.write(1, say(Word.FACTS, 0, answer({said!r})))
+os.read(0, 1 << 16)
+"""
+    boot = live_elsewhere._BOOT
+    kept = boot[: boot.index("from undervisor")]
+    monkeypatch.setattr(live_elsewhere, "_BOOT", kept + text)
+    offer, proof = asked()
+    assert "what answers is no agent of ours" in offer.why or "speaks version" in offer.why
+    assert proof is None
+
+
 def test_an_agent_of_libvirt_gives_no_line():
     offer, proof = live_elsewhere.ask_and_prove(AgentHost("guest"))
     assert "gives no line to a program" in offer.why

@@ -20,6 +20,7 @@ from undervisor.host.checks.live import Proof
 from undervisor.host.fact import Fact, Known, Unknown
 from undervisor.targets.bridge import BridgeTarget
 from undervisor.targets.kvm.archive import agent
+from undervisor.targets.kvm.device import Facts
 from undervisor.targets.kvm.target import SocketStream
 
 _DEVICE: Final = "/dev/kvm"
@@ -51,7 +52,7 @@ def ask_and_prove(host: ShellHost) -> tuple[Fact[KvmOffer], Proof | None]:
     """What KVM there says of itself, and what comes of a guest that is run there."""
     try:
         with _agent_on(host) as target:
-            facts = target.facts
+            facts = _facts(target)
             vmx, svm = ("vmx" in facts.vendors), ("svm" in facts.vendors)
             offer = KvmOffer(API_VERSION, facts.nested_state, vmx, svm)
             return Known(offer, _DEVICE), prove(target, "vmx" if vmx else "svm" if svm else "")
@@ -60,6 +61,14 @@ def ask_and_prove(host: ShellHost) -> tuple[Fact[KvmOffer], Proof | None]:
     except OSError as error:
         why = f"the line to its agent broke: {error.strerror or error}"
     return Unknown(_DEVICE, why), None
+
+
+def _facts(target: BridgeTarget) -> Facts:
+    """What KVM there says; BadInput for JSON of another shape than an agent's."""
+    try:
+        return target.facts
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput("what answers is no agent of ours") from error
 
 
 @contextlib.contextmanager

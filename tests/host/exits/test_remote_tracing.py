@@ -118,6 +118,16 @@ def test_a_connection_that_breaks_is_told(machine):
         os.close(pipe)
 
 
+def test_a_line_without_end_costs_little_memory():
+    class Endless(SshHost):
+        def follow(self, script, timeout):
+            return iter([b"x" * 1000] * 1000 + [b"\n" + LINE.format(event="kvm_exit").encode()])
+
+    batches = list(remote.lines(Endless("there", ["sh"]), "/x", 1))
+    assert sum(len(line) for lines in batches for line in lines) < 10_000
+    assert [record.reason for record in parse(batches[-1])] == ["CPUID"]
+
+
 def test_without_tracepoints_the_way_to_them_is_told(machine, monkeypatch):
     monkeypatch.setattr(remote, "TRACEFS", ("/no/such",))
     with pytest.raises(BadInput, match="shows no KVM tracepoints"):

@@ -16,7 +16,7 @@ from undervisor.errors import BadInput
 from undervisor.host.access.protocol import Host
 from undervisor.host.access.shell import ShellHost
 from undervisor.host.exits.live import TRACEFS
-from undervisor.host.exits.trace import TRACEPOINTS
+from undervisor.host.exits.trace import LINE_LIMIT, TRACEPOINTS
 from undervisor.host.fact import Denied, Fact, Known, Unknown
 
 _WIDTH = 128
@@ -75,6 +75,7 @@ def lines(host: Host, place: str, seconds: float) -> Iterator[list[str]]:
     try:
         for piece in host.follow(script, seconds + _ANSWER_SECONDS):
             *whole, rest = (rest + piece.decode("utf-8", "replace")).split("\n")
+            rest = rest[:LINE_LIMIT]
             yield whole
     except OSError as error:
         raise BadInput(f"tracing on {host.name} broke off: {error}") from error
