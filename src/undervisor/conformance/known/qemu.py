@@ -169,9 +169,10 @@ DEFECTS: Final = (
         "QEMU takes a virtual interrupt whose priority is equal to V_TPR.",
         'APM, "Virtual Interrupts": it is taken if V_INTR_PRIO is above V_TPR, as a class of '
         "interrupts must be above the TPR's. QEMU 7.2 compares by at least.",
+        message=r"\d of \d+ wrong: priority 8, TPR 8: ",
     ),
     _defect(
-        r"svm.events_virtual.lowering_cr8_lets_a_virtual_interrupt_in",
+        r"svm.events_virtual.(lowering_cr8_lets_a_virtual_interrupt_in|a_virtual_interrupt_.*)",
         "QEMU aborts: MOV to CR8 by L2 with a virtual interrupt pending fails an assertion about "
         "its own lock.",
         'APM, "Virtual Interrupts, V_INTR_MASKING": CR8 is then V_TPR, which L2 may write. QEMU '
