@@ -3,7 +3,6 @@
 import contextlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from broken_guests import CASES
@@ -25,10 +24,8 @@ from undervisor.domains.tune import tune
 from undervisor.errors import BadInput
 from undervisor.host.access.live import LiveHost
 
-pytestmark = pytest.mark.xdist_group("libvirt")
 ROWS = mapping()
 DOMAINS = [n for n in ROWS if EXAMPLES[n].suffix == ".xml" and ROWS[n][0] == "guest"]
-HUGE = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture
@@ -43,15 +40,6 @@ def libvirt(libvirtd):
             connection.remove_network(name)
 
 
-@pytest.fixture
-def huge_pages():
-    """Enough huge pages for one small guest, given back afterwards."""
-    before = HUGE.read_text()
-    HUGE.write_text(str(int(before) + 40))
-    yield
-    HUGE.write_text(before)
-
-
 def undervisor(*words):
     with pytest.raises(SystemExit) as end:
         main(list(map(str, words)))
@@ -59,7 +47,9 @@ def undervisor(*words):
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_an_example_is_defined_and_starts(name, libvirt, tmp_path, capsys, huge_pages):
+def test_an_example_is_defined_and_starts(name, libvirt, tmp_path, capsys, request):
+    if name == "huge-pages":
+        request.getfixturevalue("huge_pages")
     document = DomainXml.parse(produce(ROWS[name], machine(tmp_path / "host"), capsys))
     images = {"/var/lib/libvirt/images/vm.qcow2": empty_qcow2(tmp_path / "vm.qcow2")}
     as_it_is = document.with_guest(replace(document.guest, type="qemu"))

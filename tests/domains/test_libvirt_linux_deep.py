@@ -12,7 +12,7 @@ from undervisor.lab.images import build
 from undervisor.lab.plan import Plan
 from undervisor.lab.sources import sources
 
-pytestmark = [pytest.mark.deep, pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
+pytestmark = [pytest.mark.deep, pytest.mark.qemu]
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ from undervisor.domains.qemu_command import cpu_word, qemu_command
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.xdist_group("libvirt"),  # the same huge pages
     pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="no qemu-system-x86_64"),
 ]
 ROWS = mapping()
@@ -84,20 +83,10 @@ def images(tmp_path_factory):
     }
 
 
-@pytest.fixture
-def huge_pages():
-    path = "/proc/sys/vm/nr_hugepages"
-    with open(path) as file:
-        before = file.read()
-    with open(path, "w") as file:
-        file.write(str(int(before) + 40))
-    yield
-    with open(path, "w") as file:
-        file.write(before)
-
-
 @pytest.mark.parametrize("name", [n for n in ROWS if ROWS[n][0] == "guest" and "s390x" not in n])
-def test_every_example_is_realized(name, tmp_path, images, capsys, huge_pages):
+def test_every_example_is_realized(name, tmp_path, images, capsys, request):
+    if name == "huge-pages":
+        request.getfixturevalue("huge_pages")
     words = [w for w in ROWS[name] if w not in ("--as", "qemu")]
     with pytest.raises(SystemExit):
         main([*words, "--recording", machine(tmp_path / "host", cores=8)])
@@ -157,11 +146,13 @@ def guests(draw):
     )
     backing = Memory(memory, huge=one(None, None, (HugePages(2048),), ()), numa=numa,
                      source=one("", "memfd"), access=one("", "shared", "private"))  # fmt: skip
-    buses = draw(st.lists(st.sampled_from(["virtio", "scsi", "sata", "usb"]), max_size=2))
+    kinds = st.sampled_from(["virtio", "scsi", "sata", "usb", "ide"])
+    buses = draw(st.lists(kinds, max_size=2))
     paths = ("/srv/arch.qcow2", "/srv/other.qcow2")
     disks = tuple(
         Disk(f"vd{'ab'[i]}", paths[i], bus=bus, format="qcow2", io=one("", "threads"),
-             cache=one("", "none", "writeback"), read_only=bus != "sata" and one(True, False))
+             cache=one("", "none", "writeback"),
+             read_only=bus not in ("sata", "ide") and one(True, False))
         for i, bus in enumerate(buses)
     )  # fmt: skip
     if disks and disks[0].bus == "virtio":
@@ -185,8 +176,6 @@ def test_guests_of_every_shape_are_realized(images, tmp_path, huge_pages):
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     def check(guest):
         guest = for_tcg(guest, images=images)
-        if guest.machine != "q35":  # the old machine's disks hang on IDE, which has its own word
-            guest = replace(guest, disks=tuple(d for d in guest.disks if d.bus != "sata"))
         realize(guest, tmp_path)
 
     check()

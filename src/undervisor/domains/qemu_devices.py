@@ -18,6 +18,10 @@ _DISK_DEVICES = {
     ("ide", "cdrom"): "ide-cd",
     ("usb", "disk"): "usb-storage",
 }
+_CONTROLLERS = {"scsi": "virtio-scsi-pci", "usb": "qemu-xhci", "sata": "ich9-ahci"}
+"""What the machine lacks for a disk on that bus; named, for a USB disk brings a bus scsi.0 along.
+Only q35 has a SATA controller of its own, whose ports are called ide."""
+
 _HELPER = "/usr/lib/qemu/qemu-bridge-helper"
 _NETWORK_DEVICES = {"virtio": "virtio-net-pci", "": "virtio-net-pci"}
 
@@ -41,12 +45,11 @@ def devices(guest: Guest) -> Devices:
     notes: list[str] = []
     for number in range(1, (guest.iothreads or 0) + 1):
         argv += ["-object", f"iothread,id=iothread{number}"]
-    if any(disk.bus == "scsi" for disk in guest.disks):
-        argv += ["-device", "virtio-scsi-pci"]
-    if any(disk.bus == "usb" for disk in guest.disks):
-        argv += ["-device", "qemu-xhci"]
+    for bus, controller in _CONTROLLERS.items():
+        if any(disk.bus == bus for disk in guest.disks) and not (bus == "sata" and _q35(guest)):
+            argv += ["-device", f"{controller},id={bus}-controller"]
     for number, disk in enumerate(guest.disks):
-        argv += _disk(number, disk, notes)
+        argv += _disk(number, disk, _place(number, disk, guest), notes)
     for number, interface in enumerate(guest.interfaces):
         argv += _interface(number, interface, notes)
     if guest.agent or any(c.target == "virtio" for c in guest.consoles):
@@ -68,7 +71,28 @@ def _is_virtio(word: str) -> bool:
     return word.startswith("virtio-") and word.split(",")[0].endswith("-pci")
 
 
-def _disk(number: int, disk: Disk, notes: list[str]) -> Iterator[str]:
+def _q35(guest: Guest) -> bool:
+    return "q35" in guest.machine
+
+
+def _place(number: int, disk: Disk, guest: Guest) -> str:
+    """Where a disk hangs: QEMU itself finds no free port of IDE and SATA; empty for virtio."""
+    bus = disk.bus or "ide"
+    if bus in ("scsi", "usb"):
+        return f"bus={bus}-controller.0"
+    if bus not in ("ide", "sata"):
+        return ""
+    before = sum((d.bus or "ide") in ("ide", "sata") for d in guest.disks[:number])
+    if _q35(guest):
+        return f"bus=ide.{before}"
+    return (
+        f"bus=sata-controller.{before}"
+        if bus == "sata"
+        else f"bus=ide.{before // 2},unit={before % 2}"
+    )
+
+
+def _disk(number: int, disk: Disk, place: str, notes: list[str]) -> Iterator[str]:
     device = _DISK_DEVICES.get((disk.bus or "ide", disk.device))
     if not disk.path or device is None:
         if disk.device != "cdrom":
@@ -82,6 +106,7 @@ def _disk(number: int, disk: Disk, notes: list[str]) -> Iterator[str]:
     words += ["readonly=on"] if disk.read_only or disk.device == "cdrom" else []
     yield from ("-drive", ",".join(words))
     made = [device, f"drive=disk{number}"]
+    made += [place] if place else []
     made += [f"num-queues={disk.queues}"] if disk.queues and device.startswith("virtio") else []
     made += [f"iothread=iothread{disk.iothread}"] if disk.iothread else []
     yield from ("-device", ",".join(made))
