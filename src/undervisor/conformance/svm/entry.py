@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 from undervisor.arch.svm.checks import CR4_DEFINED
@@ -151,6 +152,20 @@ def paged_real_mode_is_legal(lab: SvmLab) -> None:
     begin = modes.real(lab) | {F.CR0: cr0, F.CR3: paged[F.CR3], F.CR4: paged[F.CR4]}
     lab.run(None, begin).ends()
     equal("what L2 wrote", lab.read_u32(lab.places.data + 16), 0x1234)
+
+
+@guest_test("APM: Canonicalization and Consistency Checks", "APM: Extended Feature Enable Register")
+def bits_of_efer_that_the_processor_has_are_legal(lab: SvmLab) -> None:
+    """SCE, and NXE where CPUID has it, may be set in the guest's EFER, and L2 reads them."""
+    features = lab.l1.cpuid(0x80000001).value["rdx"]
+    bits = [Efer.sce] + [Efer.nxe] * (features >> 20 & 1)
+    lab.fill(lab.places.msr, 0x2000)
+    lab.code(f"mov ${int(Msr.EFER):#x}, %ecx; rdmsr")
+    for bit, on in product(bits, (0, 1)):
+        value = lab.vmcb.efer & ~bit | bit * on
+        run = lab.run(None, {F.EFER: value})
+        run.ends()
+        equal(f"EFER as L2 reads it with {bit:#x} {on}", run.registers["rax"], value)
 
 
 MODES: Final = {

@@ -215,3 +215,31 @@ def tlb_control_is_l1s_to_clear(lab: SvmLab) -> None:
     run = lab.run(None, {F.TLB_CONTROL: 1})
     run.ends()
     equal("TLB_CONTROL after the exit", run[F.TLB_CONTROL], 1)
+
+
+@guest_test("APM: TLB Control", "APM: Nested Table Walk", needs=[NPT], cases={
+    f"level {n}": n for n in (1, 2, 3, 4)})  # fmt: skip
+def a_change_at_each_level_holds_behind_a_flush(lab: SvmLab, level: int) -> None:
+    """A nested entry of any level that L1 clears is gone behind a flush of the TLB."""
+    begin, where = lab.npt(12), lab.nested_entry(lab.places.data, level)
+    lab.run("mov DATA, %rax", begin).ends()
+    lab.write_u64(where, 0)
+    lab.run("mov DATA, %rax", begin | {F.TLB_CONTROL: 1}).exits_with(ExitCode.NPF)
+
+
+@guest_test("APM: INVLPGA", "APM: TLB Flush")
+def invlpga_of_asid_0_invalidates_l1s_own_translation(lab: SvmLab) -> None:
+    """INVLPGA with ASID 0 drops what the host's own tables said of an address."""
+    places, root = lab.places, lab.facts.l1.cr3
+    lab.pages()
+    lab.write_u64(root + 8 * 511, places.pdpt | 7)
+    lab.write_u64(places.data, 0x1111)
+    lab.write_u64(places.free, 0x2222)
+    alias = 0xFFFFFF8000000000 + places.data
+    code = f"""
+        movabs ${alias:#x}, %rdi; mov (%rdi), %rsi; mov ${lab.pte(places.data):#x}, %edx
+        mov ${places.free | 7:#x}, %ebx; mov %rbx, (%rdx)
+        mov %rdi, %rax; xor %ecx, %ecx; invlpga %rax, %ecx; mov (%rdi), %rbx
+    """
+    found = lab.call(code, {}, ["rsi", "rbx"]).value
+    equal("what L1 reads before and behind it", (found["rsi"], found["rbx"]), (0x1111, 0x2222))

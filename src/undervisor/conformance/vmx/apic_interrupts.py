@@ -27,7 +27,7 @@ from undervisor.conformance.vmx.apic import (
 )
 from undervisor.conformance.vmx.events import SPURIOUS
 from undervisor.conformance.vmx.lab import Changes, VmxLab
-from undervisor.conformance.vmx.needs import control
+from undervisor.conformance.vmx.needs import control, misc
 from undervisor.conformance.vmx.run import Run
 
 POSTED: Final = control(PinBasedControls, "process_posted_interrupts")
@@ -144,6 +144,21 @@ def a_pending_virtual_interrupt_is_delivered(lab: VmxLab) -> None:
     run.delivers(0x41)
     equal("the RIP that was pushed, behind the shadow of STI",
           lab.read_u64(run[F.GUEST_RSP]), lab.places.code + 3)  # fmt: skip
+
+
+@guest_test("SDM: Virtual-Interrupt Delivery", "SDM: Activity State",
+            needs=[SHADOW, ACCESSES, DELIVERY, misc("activity_hlt")])  # fmt: skip
+def a_virtual_interrupt_ends_hlt(lab: VmxLab) -> None:
+    """A virtual interrupt that is pending at an entry into HLT is delivered, and L2 is active."""
+    apic = _delivering(lab, 0x41)
+    apic[0x220] = 2
+    fields = apic.fields | {F.GUEST_RFLAGS: 0x202, F.GUEST_ACTIVITY_STATE: 1}
+    lab.write(lab.stub(0x41), lab.assemble("incl DATA; vmcall"))
+    lab.fill(lab.places.data, 8)
+    run = lab.run("nop", lab.primary(fields, hlt_exiting=0))
+    run.exits_with(ExitReason.VMCALL)
+    equal("the handler's work", lab.read_u32(lab.places.data), 1)
+    equal("the activity state", run[F.GUEST_ACTIVITY_STATE], 0)
 
 
 @guest_test("SDM: Self-IPI Virtualization", "SDM: EOI Virtualization",

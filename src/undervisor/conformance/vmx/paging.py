@@ -184,7 +184,8 @@ def ept_reaches_the_first_mebibyte(lab: VmxLab, shift: int) -> None:
     lab.write_u64(FIRMWARE, old ^ 1)
     kept = lab.read_u64(FIRMWARE)
     lab.write_u64(FIRMWARE, old)
-    code = "mov (%rsi), %rax; mov %rbx, (%rsi); mov (%rdi), %rdx; mov %rcx, (%rdi)"
+    code = "mov 0x180000, %r9; mov (%rsi), %rax; mov %rbx, (%rsi); mov (%rdi), %rdx"
+    code += "; mov %rcx, (%rdi)"
     registers = {"rsi": LOW, "rdi": FIRMWARE, "rbx": 0x2222, "rcx": old ^ 1}
     run = lab.run(f"{code}; mov (%rdi), %rbp", begin, registers)
     run.ends()

@@ -74,7 +74,6 @@ def clgi(svm: SvmState, vcpu: Vcpu, exit: Exit) -> Verdict:
     if not svm.virtual & _V_GIF_ENABLE:
         return instructions.clgi(svm, vcpu, exit)
     svm.virtual &= ~_V_GIF
-    vcpu.attention = True
     return ADVANCE[decode.length(vcpu)]
 
 
