@@ -49,7 +49,7 @@ def test_what_is_traced_live_ends_as_one_table(monkeypatch, capsys):
     monkeypatch.setattr(exits, "open_host", lambda **said: there)
     monkeypatch.setattr(exits.remote, "tracefs", lambda host: "/tracing")
     monkeypatch.setattr(exits.remote, "instance", instance)
-    monkeypatch.setattr(exits.remote, "lines", lambda *_: iter([lines[:2], lines[2:]]))
+    monkeypatch.setattr(exits.remote, "lines", lambda *_: (part for part in (lines[:2], lines[2:])))
     assert run("--host", "there", "--seconds", "2") == 0
     said = capsys.readouterr().out
     assert said.count("VMRESUME") == 1

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Annotated
 
 import typer
@@ -94,7 +94,8 @@ def _trace(name: str, ssh_config: str, seconds: float, as_json: bool) -> Tally:
         host = open_host(host=name, ssh_config=ssh_config)
         ends.callback(host.close)
         place = ends.enter_context(remote.instance(host, remote.tracefs(host), seconds))
-        return _watch(remote.lines(host, place, seconds), as_json)
+        batches = ends.enter_context(closing(remote.lines(host, place, seconds)))
+        return _watch(batches, as_json)
 
 
 def _watch(batches: Iterable[list[str]], as_json: bool) -> Tally:

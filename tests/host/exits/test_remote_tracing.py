@@ -107,8 +107,8 @@ def test_a_connection_that_ends_leaves_a_watchdog(machine, monkeypatch):
 
 def test_a_connection_that_breaks_is_told(machine):
     host, folder = machine
-    with remote.instance(host, str(folder), 5) as place:
-        reader = remote.lines(host, place, 5)
+    with remote.instance(host, str(folder), 1) as place:
+        reader = remote.lines(host, place, 1)
         pipe = os.open(f"{place}/trace_pipe", os.O_RDWR)
         os.write(pipe, LINE.format(event="kvm_exit").encode() * 200)
         next(reader)
@@ -116,6 +116,19 @@ def test_a_connection_that_breaks_is_told(machine):
         with pytest.raises(BadInput, match="broke off"):
             list(reader)
         os.close(pipe)
+
+
+def test_tracing_that_is_interrupted_leaves_nothing(machine):
+    host, folder = machine
+    with remote.instance(host, str(folder), 60) as place:
+        reader = remote.lines(host, place, 60)
+        pipe = os.open(f"{place}/trace_pipe", os.O_RDWR)
+        os.write(pipe, LINE.format(event="kvm_exit").encode() * 200)
+        next(reader)
+        reader.close()
+        os.close(pipe)
+    assert os.listdir(folder / "instances") == []
+    wait_until(lambda: processes(place) == [])
 
 
 def test_a_line_without_end_costs_little_memory():

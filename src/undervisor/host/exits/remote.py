@@ -10,7 +10,7 @@ import contextlib
 import math
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from undervisor.errors import BadInput
 from undervisor.host.access.protocol import Host
@@ -44,11 +44,12 @@ def instance(host: Host, folder: str, seconds: float) -> Iterator[str]:
     """A tracing instance there with KVM's events switched on, for `seconds` and a while."""
     place = f"{folder}/instances/undervisor-{secrets.token_hex(4)}"
     there = shlex.quote(place)
-    watchdog = f"sleep {int(seconds) + _WATCHDOG_SECONDS}; rmdir {there}"
+    # It tells its group when it is out of the shell's, and then holds nothing of the request.
+    watchdog = "echo $$; exec >/dev/null; "
+    watchdog += f"sleep {int(seconds) + _WATCHDOG_SECONDS}; rmdir {there}"
     script = (
         f"mkdir {there} || exit 1; "
-        f"setsid sh -c {shlex.quote(watchdog)} >/dev/null 2>&1 </dev/null & "
-        "echo $!; "
+        f"echo $(setsid sh -c {shlex.quote(watchdog)} 2>/dev/null </dev/null &); "
         f"for event in {' '.join(TRACEPOINTS)}; do "
         f"switch={there}/events/kvm/$event/enable; ! [ -e $switch ] || echo 1 >$switch; done"
     )
@@ -60,11 +61,15 @@ def instance(host: Host, folder: str, seconds: float) -> Iterator[str]:
     finally:
         group = made.value.strip()
         kill = f"kill -- -{group}; " if group.isascii() and group.isdigit() else ""
-        _run(host, f"rmdir {there} && {{ {kill}:; }}")
+        # A reader that was left behind ends with the next event; else the watchdog comes after it.
+        _run(host, f"for i in 1 2 3; do rmdir {there} && {{ {kill}break; }}; sleep 1; done")
 
 
-def lines(host: Host, place: str, seconds: float) -> Iterator[list[str]]:
-    """What trace_pipe says there within `seconds`, in batches of whole lines."""
+def lines(host: Host, place: str, seconds: float) -> Generator[list[str], None, None]:
+    """What trace_pipe says there within `seconds`, in batches of whole lines.
+
+    To be closed before the instance ends, so that nobody reads there any more.
+    """
     if not isinstance(host, ShellHost):
         raise BadInput(f"{host.name} has no shell to trace through")
     pipe = shlex.quote(f"{place}/trace_pipe")
