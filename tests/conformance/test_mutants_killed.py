@@ -23,9 +23,16 @@ def test_a_change_that_is_none_to_l1_is_no_mutant():
     assert "svm.nested_paging = bool(q[_NESTED] & _NP_ENABLE) left out" in words
 
 
+def test_a_rule_that_nothing_breaks_is_no_mutant():
+    rules = {m.where.split()[1] for m in mutants.all_mutants() if m.where.startswith("rule ")}
+    assert "vmx.guest.cr0.must-be-one" in rules or "vmx.host.cr0.must-be-one" in rules
+    assert "vmx.controls.ipi-virtualization.tpr-shadow" not in rules
+
+
 def test_a_seed_always_gives_the_same_mutants():
     first, again = (mutants.sample(20, 5) for _ in range(2))
-    assert first == again != mutants.sample(20, 6)
+    assert first == again
+    assert first != mutants.sample(20, 6)
 
 
 @pytest.mark.deep

@@ -171,7 +171,7 @@ def sysenter_msrs_are_always_loaded_and_saved(lab: VmxLab) -> None:
 
 
 PAT: Final = control(EntryControls, "load_pat")
-PAT_GUEST, PAT_HOST, PAT_WRITTEN = 0x0007_0406_0007_0406, 0x0006_0406_0006_0406, 0x0606_0606
+PAT_GUEST, PAT_HOST, PAT_WRITTEN = 0x0007_0406_0005_0406, 0x0006_0406_0006_0406, 0x0606_0606
 _WRITE_PAT: Final = f"mov ${int(Msr.PAT):#x}, %ecx; mov ${PAT_WRITTEN}, %eax; mov %eax, %edx; wrmsr"
 
 

@@ -1,10 +1,13 @@
 """Changes of the nested code that are none to L1, by the manual's words: no mutants.
 
 A row names a function, and the change as `mutants` words it; the reason is what a reader checks.
+Of the rules of VM entry, those are none that no state of the models `MODELS` breaks.
 """
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import Final
 
 _SLOWER: Final = "the quick way is not taken, and the other comes to the same"
@@ -82,3 +85,20 @@ _ROWS: Final = (
 EQUIVALENT: Final[dict[tuple[str, str], str]] = {
     (f"nested.{function}", change): reason for function, change, reason in _ROWS
 }
+
+MODELS: Final = ("intel", "amd")
+"""The CPU models that mutants run on."""
+
+
+def breakable_rules() -> frozenset[str]:
+    """The rules that some state breaks on `MODELS`, as `undervisor rules` has recorded it.
+
+    Of the others, docs/rules-compared.md says why: the processor lacks the feature, or what breaks
+    them breaks another rule first.
+    """
+    record = resources.files("undervisor") / "data" / "rules-compared.json"
+    rules = json.loads(record.read_text(encoding="utf-8"))["rules"]
+    ours = {name: row["builtin"] for name, row in rules.items()}
+    return frozenset(
+        name for name, row in ours.items() if row["result"] == "agrees" and row["cpu"] in MODELS
+    )
