@@ -1,14 +1,15 @@
 """The operator's tools on a lab from outside: a real KVM, its guests, and theirs."""
 
 import json
+import threading
 
 import pytest
 from lab_machines import undervisor
 
 pytestmark = [pytest.mark.qemu, pytest.mark.deep, pytest.mark.xdist_group("lab")]
 
-BUSY = "while :; do /lab/probe; done >/dev/null 2>&1 &"
-"""Executes CPUID over and over."""
+BUSY = "for i in 1 2 3 4 5 6; do /lab/probe >/dev/null; done"
+"""Executes CPUID 3000 times."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_a_level_without_python_is_told_and_still_answers(three):
 
 
 def test_what_is_below_each_level_is_told(three):
-    for level, below in (("l1", "tcg"), ("l2", "kvm"), ("l3", "kvm")):
+    for level, below in (("l1", "tcg"), ("l2", "kvm")):
         ran = three("check", "--below", below, "--host", f"lab:{level}")
         assert ran.returncode == 0, ran.stdout
 
@@ -53,8 +54,10 @@ def test_a_recording_of_a_level_gives_the_findings_of_the_level(three, level, tm
 
 def test_exits_of_l3_are_told_from_those_of_l2(three):
     """To the KVM of L1 these are L2's and L1's, and its L1 handles them."""
-    assert three("lab", "sh", "l3", BUSY).returncode == 0
+    guest = threading.Thread(target=three, args=("lab", "sh", "--timeout", "120", "l3", BUSY))
+    guest.start()
     ran = three("exits", "--host", "lab:l1", "--seconds", "20", "--json")
+    guest.join()
     said = json.loads(ran.stdout)
     reasons = {row["reason"]: row for row in said["reasons"]}
     assert reasons["CPUID"]["l2_to_l1"] > 20
