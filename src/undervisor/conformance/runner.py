@@ -26,7 +26,6 @@ from undervisor.guest.probe.client import Probe, ProbeDied, ProbeSilent
 from undervisor.guest.probe.program import program
 from undervisor.targets import Abilities, End, How, Job, Running, Target
 
-LABS: Final[dict[str, type[VmxLab] | type[SvmLab]]] = {"vmx": VmxLab, "svm": SvmLab}
 END_TIME: Final = 2.0
 """Seconds to learn how a machine ended that has closed its line."""
 
@@ -60,10 +59,13 @@ class Result:
     seconds: float = 0.0
 
 
-def run_test(test: GuestTest, target: Target) -> Result:
-    """Boot the probe on `target`, run `test` in its lab, and say what became of it."""
+def run_test(test: GuestTest, target: Target, labs: dict[str, Lab] | None = None) -> Result:
+    """Boot the probe on `target`, run `test` in its lab, and say what became of it.
+
+    `labs` has, by vendor, an earlier lab on the same target: what it knows is not asked again.
+    """
     begin = time.monotonic()
-    result = _missing(test, target) or _run(test, target)
+    result = _missing(test, target) or _run(test, target, {} if labs is None else labs)
     return replace(result, seconds=time.monotonic() - begin)
 
 
@@ -82,9 +84,9 @@ def run_all(
     results that there are.
     """
     most = min(jobs or os.cpu_count() or 1, target.abilities.at_once)
-    watched = _Watched(target)
+    watched, labs = _Watched(target), dict[str, Lab]()
     with ThreadPoolExecutor(max_workers=max(1, most)) as pool:
-        futures = [pool.submit(run_test, test, watched) for test in tests]
+        futures = [pool.submit(run_test, test, watched, labs) for test in tests]
         try:
             for future in as_completed(futures):
                 seen(future.result())
@@ -135,9 +137,21 @@ class _Watched:
 def lab_on(target: Target, vendor: str, cpus: int = 1, seconds: float = 20.0) -> Iterator[Lab]:
     """A lab in VMX operation or with SVM enabled, on a machine of its own."""
     with target.start(_job(cpus)) as running, _limited(running, seconds) as probe:
-        lab = LABS[vendor](probe)
-        lab.on()
-        yield lab
+        yield _lab(vendor, probe, {})
+
+
+def _lab(vendor: str, probe: Probe, labs: dict[str, Lab]) -> VmxLab | SvmLab:
+    """A lab that is on; it asks the processor only what no earlier one knows."""
+    earlier = labs.get(vendor)
+    lab: VmxLab | SvmLab
+    if vendor == "vmx":
+        lab = VmxLab(probe)
+        lab.on(earlier if isinstance(earlier, VmxLab) else None)
+    else:
+        lab = SvmLab(probe)
+        lab.on(earlier if isinstance(earlier, SvmLab) else None)
+    labs.setdefault(vendor, lab)
+    return lab
 
 
 @lru_cache(maxsize=1)
@@ -185,7 +199,7 @@ def _missing(test: GuestTest, target: Target) -> Result | None:
     return None
 
 
-def _run(test: GuestTest, target: Target) -> Result:
+def _run(test: GuestTest, target: Target, labs: dict[str, Lab]) -> Result:
     limit = test.seconds * target.abilities.patience
     try:
         running = target.start(_job(test.cpus))
@@ -194,8 +208,7 @@ def _run(test: GuestTest, target: Target) -> Result:
     with running:
         try:
             with _limited(running, limit) as probe:
-                lab = LABS[test.vendor](probe)
-                lab.on()
+                lab = _lab(test.vendor, probe, labs)
                 for need in test.needs:
                     if not need.present(lab):
                         raise Lacking(f"the processor has not {need.name}")

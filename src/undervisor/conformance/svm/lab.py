@@ -10,7 +10,7 @@ the handler of each vector is a VMMCALL.  Each run begins with the same VMCB, `c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from undervisor.arch.svm.intercepts import Intercept
@@ -54,12 +54,14 @@ class SvmLab(Lab):
         self.vmcb = Vmcb(bytearray(SIZE))
         self._there = bytearray()  # what memory holds of the VMCB; empty: not known
 
-    def on(self) -> None:
-        """Set EFER.SVME and VM_HSAVE_PA, and lay out an L2."""
+    def on(self, like: SvmLab | None = None) -> None:
+        """Set EFER.SVME and VM_HSAVE_PA, and lay out an L2.
+
+        `like`: the lab of another processor of the same kind, which need not be asked again.
+        """
         places = self.places
         l1 = svm_on(self._runner, places.region)
-        leaf = self.l1.cpuid(LEAF_SVM).value
-        self.facts = SvmFacts(leaf["rbx"] & 0xFFFFFFFF, leaf["rdx"] & 0xFFFFFFFF, l1)
+        self.facts = replace(like.facts, l1=l1) if like else self._ask(l1)
         self.surround()
         self.fill(places.msr, 0x2000)
         vmcb = self.vmcb = Vmcb(l2_vmcb(l1, places.code, places.stack))
@@ -75,6 +77,10 @@ class SvmLab(Lab):
         )
         vmcb.set_segment(VmcbField.TR_SELECTOR, Segment(TR, places.tss, 0x67, BUSY_TSS))
         vmcb.set_segment(VmcbField.LDTR_SELECTOR, Segment(0, 0, 0, LDT))
+
+    def _ask(self, l1: L1State) -> SvmFacts:
+        leaf = self.l1.cpuid(LEAF_SVM).value
+        return SvmFacts(leaf["rbx"] & 0xFFFFFFFF, leaf["rdx"] & 0xFFFFFFFF, l1)
 
     def feature(self, mask: int) -> bool:
         """Whether all bits of `mask` are 1 in CPUID Fn8000_000A_EDX."""

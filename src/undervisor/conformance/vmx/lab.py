@@ -86,7 +86,7 @@ class VmxLab(Lab):
     def on(self, like: VmxLab | None = None) -> None:
         """Enter VMX operation, make a VMCS current, and lay out an L2.
 
-        `like`: the lab of another processor, which has the same fields.
+        `like`: the lab of another processor of the same kind, which has the same fields.
         """
         places = self.places
         self.facts = vmx_on(self._runner, places.region, places.control)
