@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 import typer
 
 from undervisor.cli.test_files import write, write_pages
-from undervisor.cli.test_view import list_tests, run_shown, show_compared, summarize
+from undervisor.cli.test_view import asking, list_tests, run_shown, show_compared, summarize
 from undervisor.errors import BadInput, ExitCode
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def _campaigns(
     for name in names:
         for cpu in cpus or catalogue.default_cpus(name):
             target = catalogue.named(name, cpu, quirks)
-            mine = tuple(t for t in tests if t.vendor in target.abilities.vendors)
+            with asking(target.name):
+                vendors = target.abilities.vendors
+            mine = tuple(t for t in tests if t.vendor in vendors)
             if mine:
                 campaigns.append(Campaign(target, mine))
     if not campaigns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from undervisor.cli.printing import console, put, put_json, table
@@ -24,6 +25,15 @@ def list_tests(tests: Sequence[GuestTest], *, as_json: bool) -> None:
         put(out, item.id, style="bold")
         put(out, item.title, indent=4)
         put(out, "; ".join(item.refs), indent=4, style="dim")
+
+
+@contextmanager
+def asking(name: str) -> Iterator[None]:
+    """A spinner on standard error while a target says what it can do: some start a machine."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{name}: what can it do?"):
+        yield
 
 
 def run_shown(tests: Sequence[GuestTest], target: Target, jobs: int) -> list[Result]:

@@ -7,6 +7,7 @@ import subprocess
 from typing import Final
 
 from undervisor import __version__
+from undervisor.errors import BadInput
 
 _VERSIONS: Final = {
     "qemu": (("qemu-system-x86_64", "--version"), r"QEMU emulator version ([\d.]+)"),
@@ -18,8 +19,12 @@ _PATIENCE: Final = 20.0
 
 def version_of(name: str) -> str:
     """What a target says of its version; empty where it says nothing."""
+    if name == "builtin":
+        return f"undervisor {__version__}"
+    if name == "lab":
+        return _lab()
     if name not in _VERSIONS:
-        return f"undervisor {__version__}" if name == "builtin" else ""
+        return ""
     command, pattern = _VERSIONS[name]
     try:
         done = subprocess.run(
@@ -29,3 +34,19 @@ def version_of(name: str) -> str:
         return ""
     found = re.search(pattern, done.stdout + done.stderr)
     return f"{name} {found[1]}" if found else ""
+
+
+def _lab() -> str:
+    """The kernel of a lab's L1, and what that runs on."""
+    from undervisor.lab.cache import Cache
+    from undervisor.lab.machines import TCG, accelerator
+    from undervisor.lab.plan import Plan
+    from undervisor.lab.sources import sources, version
+
+    plan = Plan()
+    try:
+        kernel = sources(plan, Cache()).kernel
+    except BadInput:
+        return ""
+    below = version_of("qemu") if accelerator(plan) == TCG else "hardware"
+    return f"Linux {version(kernel.read_bytes(), kernel.name)} on {below}"

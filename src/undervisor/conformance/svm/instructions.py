@@ -32,6 +32,8 @@ INTERCEPTED: Final = {
     "vmmcall": Intercept.VMMCALL, "vmrun %rax": Intercept.VMRUN,
 }  # fmt: skip
 SKINIT_BIT: Final = 12
+HANG: Final = 3.0
+"""Seconds for a test that an L0 is known to hang in."""
 
 
 def vector_of(answer: Answer[Any]) -> int | None:
@@ -189,7 +191,7 @@ def l2s_privilege_is_checked_before_the_intercept(lab: SvmLab) -> None:
     lab.run("nop", begin).ends()
 
 
-@guest_test("APM: VMMCALL")
+@guest_test("APM: VMMCALL", seconds=HANG)
 def vmmcall_in_l2_without_its_intercept_is_undefined(lab: SvmLab) -> None:
     """VMMCALL that the hypervisor does not intercept causes #UD in the guest.
 
@@ -201,7 +203,7 @@ def vmmcall_in_l2_without_its_intercept_is_undefined(lab: SvmLab) -> None:
     equal("the vector whose handler L2 stops in", lab.vector_of(run.rip), Vector.UD)
 
 
-@guest_test("APM: VMMCALL")
+@guest_test("APM: VMMCALL", seconds=HANG)
 def vmmcall_without_its_intercept_is_an_undefined_opcode_exit(lab: SvmLab) -> None:
     """The #UD of a VMMCALL that is not intercepted can itself be intercepted, at any CPL."""
     for name, begin in (("CPL 0", {}), ("CPL 3", modes.user(lab))):
