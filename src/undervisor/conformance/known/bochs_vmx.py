@@ -48,12 +48,13 @@ DEFECTS: Final = (
     ),
     _defect(
         r"vmx.events.(an_interrupt_exits_from_hlt_and_the_state_is_saved"
-        r"|the_interrupt_window_opens_when_nothing_blocks)",
+        r"|the_interrupt_window_opens_when_nothing_blocks)"
+        r"|vmx.apic_interrupts.a_virtual_interrupt_ends_hlt",
         "Bochs leaves L2 in HLT for ever: no interrupt wakes it while IF is 0, and no interrupt "
-        "window does.",
-        'SDM, "Other Causes of VM Exits": interrupt-window exiting wakes from HLT as an external '
-        "interrupt would, and the exit of that does not depend on IF. Bochs 2.7 asks for IF, and "
-        "does not have the window among the events that end HLT.",
+        "window or virtual interrupt does.",
+        'SDM, "Other Causes of VM Exits" and "Virtual-Interrupt Delivery": both wake from HLT as '
+        "an external interrupt would, and the exit of that does not depend on IF. Bochs 2.7 asks "
+        "for IF, and has neither among the events that end HLT.",
         message="gave no answer",
     ),
     _defect(

@@ -147,7 +147,7 @@ def a_pending_virtual_interrupt_is_delivered(lab: VmxLab) -> None:
 
 
 @guest_test("SDM: Virtual-Interrupt Delivery", "SDM: Activity State",
-            needs=[SHADOW, ACCESSES, DELIVERY, misc("activity_hlt")])  # fmt: skip
+            needs=[SHADOW, ACCESSES, DELIVERY, misc("activity_hlt")], seconds=5)  # fmt: skip
 def a_virtual_interrupt_ends_hlt(lab: VmxLab) -> None:
     """A virtual interrupt that is pending at an entry into HLT is delivered, and L2 is active."""
     apic = _delivering(lab, 0x41)
