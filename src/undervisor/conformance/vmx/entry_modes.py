@@ -9,7 +9,7 @@ from undervisor.arch.vmx.controls import EntryControls
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer
-from undervisor.conformance.expect import equal
+from undervisor.conformance.expect import each, equal
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.vmx.lab import Changes, VmxLab
 from undervisor.conformance.vmx.needs import EPT, UNRESTRICTED, misc
@@ -122,3 +122,25 @@ def an_exit_stores_efer_lma_into_the_entry_controls(lab: VmxLab) -> None:
     run = lab.skip(run)
     equal("IA-32e mode guest behind the change back", run[F.ENTRY_CONTROLS] & control, 0)
     lab.skip(run).ends()
+
+
+@guest_test("SDM: Loading Guest Control Registers, Debug Registers, and MSRs",
+            needs=[EPT, UNRESTRICTED])  # fmt: skip
+def outside_ia32e_mode_efer_has_lma_0_and_lme_0_under_paging(lab: VmxLab) -> None:
+    """An entry that does not load EFER clears LMA, and with paging LME; without paging LME stays.
+
+    Into IA-32e mode it sets both.
+    """
+    lab.fill(lab.places.msr, 0x1000)
+    got, wanted = {}, {}
+    for name, begin, bits, efer in (
+        ("two-level paging", _two_levels(lab), 32, 0),
+        ("no paging", _unpaged(lab), 32, int(Efer.lme)), ("64-bit", {}, 64, LONG),
+    ):  # fmt: skip
+        changes = lab.on_exit(lab.on_entry(begin, load_efer=0), save_efer=0)
+        changes = lab.primary(changes, use_msr_bitmaps=1)
+        lab.code(f".code{bits}\nmov ${int(Msr.EFER):#x}, %ecx; rdmsr")
+        run = lab.run(None, changes)
+        run.ends()
+        got[name], wanted[name] = run.registers["rax"] & LONG, efer
+    each("LME and LMA as L2 reads them", got, lambda name: wanted[name])

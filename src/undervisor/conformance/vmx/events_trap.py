@@ -172,3 +172,25 @@ def an_ept_violation_of_iret_tells_that_it_unblocked_nmis(lab: VmxLab) -> None:
     run = lab.run("mov DATA, %rax", changes | {F.GUEST_INTERRUPTIBILITY_STATE: NMI})
     run.exits_with(ExitReason.EPT_VIOLATION)
     equal("bit 12 of another instruction", run.qualification >> 12 & 1, 0)
+
+
+# -- what an exit says of an event ---------------------------------------------------------------
+
+
+@guest_test("SDM: Information for VM Exits That Occur During Event Delivery", needs=[EPT])
+def an_exit_outside_of_a_delivery_names_no_event(lab: VmxLab) -> None:
+    """Behind an exit that interrupted a delivery, the next has the valid bits of no event."""
+    changes = lab.ept(12) | {F.GUEST_RSP: lab.places.data + 0x800}
+    where = lab.nested_entry(lab.places.data)
+    entry = lab.places.data | 0x37
+    lab.write_u64(where, 0)
+    event = {F.ENTRY_INTERRUPTION_INFORMATION: VALID | Type.HARDWARE_EXCEPTION << 8 | 6}
+    run = lab.run("cpuid", changes | event)
+    run.exits_with(ExitReason.EPT_VIOLATION)
+    equal("the event that was delivered", run[F.IDT_VECTORING_INFORMATION],
+          event[F.ENTRY_INTERRUPTION_INFORMATION])  # fmt: skip
+    lab.write_u64(where, entry)
+    run = lab.resume({F.ENTRY_INTERRUPTION_INFORMATION: 0})
+    run.exits_with(ExitReason.CPUID)
+    words = run[F.IDT_VECTORING_INFORMATION], run[F.EXIT_INTERRUPTION_INFORMATION]
+    equal("the valid bits behind another exit", [word >> 31 for word in words], [0, 0])
