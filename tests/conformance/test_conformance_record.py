@@ -1,6 +1,7 @@
 """Targets compared: the overview, a page for each disagreement, the record that is read back."""
 
 import re
+import shlex
 
 import pytest
 
@@ -108,7 +109,8 @@ def test_pages_that_are_there_are_renewed_and_those_of_no_failure_go(tmp_path, m
     write_pages(tmp_path, [Result(STRINGS, "qemu (amd)", Verdict.PASSED)])
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", NAME}
     text = (tmp_path / "README.md").read_text()
-    assert "Made by `undervisor test --pages 'a b'`" in text
+    whole = shlex.join(["undervisor", "test", "--on", "builtin", "--on", "qemu", "--pages"])
+    assert f"Made by `{whole} {tmp_path}`" in text
     assert "| string_io_says_so | ✓ | ✓ |" in text
     assert "| skipped | 0 | 1 |" in text
 
@@ -121,22 +123,23 @@ def test_a_test_that_is_gone_can_be_left_out():
 def test_a_part_is_renewed_and_the_rest_kept():
     better = Result(STRINGS, "qemu (amd)", Verdict.PASSED)
     again = Record(compare.compare([better]), "undervisor test a", {"qemu": "qemu 8"})
-    found = renewed(record(), again)
+    found = renewed(record(), again, "a b")
     assert found.comparison == compare.compare([*RESULTS[:3], better])
-    assert found.command == record().command
+    assert found.command == "undervisor test --on builtin --on qemu --pages 'a b'"
     assert found.versions == {"builtin": "undervisor 0", "qemu": "qemu 8"}
 
 
 def test_a_column_is_added_beside_the_others():
     more = Record(compare.compare([Result(PORTS, "bochs (amd)", Verdict.PASSED)]), "more", {})
-    found = renewed(record(), Record(more.comparison, "more", {"bochs": "bochs 2"}))
+    found = renewed(record(), Record(more.comparison, "more", {"bochs": "bochs 2"}), "here")
+    assert found.command == "undervisor test --on builtin --on qemu --on bochs --pages here"
     assert found.comparison.columns == ("builtin", "qemu", "bochs")
     assert [row.sign("bochs") for row in found.comparison.rows] == ["✓", ""]
 
 
 def test_a_run_of_everything_brings_its_own_command():
     again = Record(record().comparison, "undervisor test", VERSIONS)
-    assert renewed(record(), again) == again
+    assert renewed(record(), again, "here") == again
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: f"{known.target[:5]} {known.tests[:60]}")

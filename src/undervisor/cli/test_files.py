@@ -28,7 +28,7 @@ def write_pages(folder: Path, found: Sequence[Result]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / NAME).exists():
             text = (folder / NAME).read_text(encoding="utf-8")
-            record = renewed(from_json(text, without_gone=True), record)
+            record = renewed(from_json(text, without_gone=True), record, str(folder))
         made = dict(record.files())
         for old in folder.glob("*.md"):
             if old.name not in made and old.name.startswith(("vmx.", "svm.")):

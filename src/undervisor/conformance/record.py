@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -62,8 +63,8 @@ def from_json(text: str, *, without_gone: bool = False) -> Record:
     return Record(Comparison(tuple(versions), rows), command, versions)
 
 
-def renewed(old: Record, new: Record) -> Record:
-    """`new`, and from `old` what was not run this time; the command is that of all of it."""
+def renewed(old: Record, new: Record, folder: str) -> Record:
+    """`new`, and from `old` what was not run this time; the command then is that of all of it."""
     before = {row.test: row.results for row in old.comparison.rows}
     now = {row.test: row.results for row in new.comparison.rows}
     rows = tuple(
@@ -73,7 +74,8 @@ def renewed(old: Record, new: Record) -> Record:
     )
     kept = any(row.results.keys() - now.get(row.test, {}).keys() for row in rows)
     versions = {**old.versions, **new.versions}
-    command = old.command if kept else new.command
+    whole = ["undervisor", "test", *(word for c in versions for word in ("--on", c))]
+    command = shlex.join([*whole, "--pages", folder]) if kept else new.command
     return Record(Comparison(tuple(versions), rows), command, versions)
 
 
