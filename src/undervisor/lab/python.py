@@ -107,6 +107,7 @@ def _add_files(archive: Archive, members: Files, folder: Path) -> None:
         input="".join(orders).encode(),
         env={"PYTHONHASHSEED": "0"},
         check=True,
+        start_new_session=True,  # Ctrl-C is for us, who end it
     )
     for number, path in enumerate(sources):
         made = compiled / str(number)
