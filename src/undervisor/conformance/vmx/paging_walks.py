@@ -83,6 +83,24 @@ def a_walk_writes_only_to_set_flags(lab: VmxLab) -> None:
 
 
 @guest_test("SDM: EPT Violations", needs=[EPT])
+def a_page_behind_a_read_only_table_has_its_own_rights(lab: VmxLab) -> None:
+    """Where EPT makes both a page and L2's table for it read-only, each access goes by the page."""
+    got, wanted = {}, {}
+    for access in ACCESS:
+        changes, gva = _walk(lab, READ | FETCH, GUEST_A | GUEST_D)
+        for rights in (READ, READ | FETCH, READ | WRITE):
+            page = lab.places.data | WRITE_BACK | rights
+            lab.write_u64(lab.nested_entry(lab.places.data), page)
+            lab.l1.invept(1, changes[F.EPT_POINTER])
+            run = lab.run(ACCESS[access], changes, {"rbx": gva, "rax": 0xC3})
+            got[access, rights] = run.reason
+            wanted[access, rights] = ExitReason.VMCALL if access & rights else VIOLATION
+            if run.reason == VIOLATION:
+                equal("what the violation tells of the access", run.qualification & 7, access)
+    each("(access, rights of the page): the exit", got, lambda case: wanted[case])
+
+
+@guest_test("SDM: EPT Violations", needs=[EPT])
 def l2s_page_fault_comes_before_the_violation_of_its_page(lab: VmxLab) -> None:
     """An access that L2's own tables forbid is a page fault, whatever EPT has for the page."""
     changes, gva = _walk(lab, 7, GUEST_A | GUEST_D)

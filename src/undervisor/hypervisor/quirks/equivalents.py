@@ -59,11 +59,14 @@ _ROWS: Final = (
         for control in (
             "primary & PrimaryControls.cr3_store_exiting",
             "primary & PrimaryControls.invlpg_exiting",
-            "primary & PrimaryControls.mov_dr_exiting",
             "secondary & SecondaryControls.descriptor_table_exiting",
             "fields[F.EXCEPTION_BITMAP] & _SOFTWARE_EXCEPTIONS",
         )
     ),
+    ("vmx.controls.merge",
+     "fields[F.EXCEPTION_BITMAP] & _EXCEPTIONS with another operator", _ASKED),
+    ("vmx.instructions.vmptrld", "revision & SHADOW_BIT with another operator",
+     "the model that mutants run on has shadow VMCSs"),
     ("vmx.entry._launch", "nested.resident = vmcs left out", _SLOWER),
     ("vmx.entry._launch", "nested.tables_change = False left out", _AGAIN),
     ("vmx.instructions.undefined",
