@@ -156,6 +156,8 @@ def _round_trips(effort: Effort) -> list[Row]:
 def _against_qemu(ours: list[float], theirs: list[float]) -> list[Row]:
     if not theirs:
         return [Row("SVM round trip on QEMU TCG: not measured, no QEMU here", 0, "", "")]
+    if not all(theirs):
+        return [Row("SVM round trip on QEMU TCG: too short for its clock to see", 0, "", "")]
     ratio = _ratio(ours, theirs)
     return [
         Row("SVM round trip on QEMU TCG", median(theirs) * 1e6, "µs"),
