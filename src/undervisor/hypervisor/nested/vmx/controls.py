@@ -104,8 +104,6 @@ def _wanted(fields: dict[int, int], primary: int, secondary: int) -> list[Interc
         wanted.append(Intercept.CR3_READ)
     if primary & PrimaryControls.invlpg_exiting:
         wanted.append(Intercept.INVLPG)
-    if primary & PrimaryControls.mov_dr_exiting:
-        wanted += [i for i in Intercept if Intercept.DR0_READ <= i <= Intercept.DR7_READ]
     if secondary & SecondaryControls.descriptor_table_exiting:
         wanted += _DESCRIPTOR_TABLES
     if fields[F.EXCEPTION_BITMAP] & _SOFTWARE_EXCEPTIONS:

@@ -141,16 +141,15 @@ def load_guest_state(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) 
 def _load_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs, *, fresh: bool) -> None:
     """What does not change between the entries of a VMCS that is only resumed."""
     vmcb, fields, state = vcpu.vmcb02, vmcs.fields, vcpu.state
-    q, entry_controls = vmcb.q, nested.entry_controls
+    q = vmcb.q
     q[V.CR0 >> 3] = fields[F.GUEST_CR0] & ~_KEPT_CR0 | state.cr0 & _KEPT_CR0 | Cr0.et
     if nested.loads_debug:
         q[_DR7] = fields[F.GUEST_DR7] & 0xFFFF_FFFF | 0x400
+        nested.save_msr(vcpu, Msr.DEBUGCTL, fields[F.GUEST_DEBUGCTL])
     q[_EFER] = guest_efer(vcpu, nested, fields)
     if fresh or F.GUEST_SS_ACCESS_RIGHTS in vmcs.written:
         vmcb.cpl = attributes_of(fields[F.GUEST_SS_ACCESS_RIGHTS]) >> 5 & 3
-    if entry_controls & EntryControls.load_debug_controls:
-        nested.save_msr(vcpu, Msr.DEBUGCTL, fields[F.GUEST_DEBUGCTL])
-    if entry_controls & EntryControls.load_pat:
+    if nested.entry_controls & EntryControls.load_pat:
         vcpu.msrs[Msr.PAT] = fields[F.GUEST_PAT]
 
 

@@ -256,7 +256,6 @@ def _save_more(vcpu: Vcpu, nested: NestedVmx, vmcs: Vmcs) -> None:
         if new != fields[F.ENTRY_CONTROLS]:
             fields[F.ENTRY_CONTROLS] = new
             nested.ia32e_mode_guest = bool(long_mode)
-            nested.entry_controls = new
 
 
 def _save_blocking(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int]) -> None:
