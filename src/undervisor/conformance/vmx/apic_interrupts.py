@@ -181,6 +181,20 @@ def self_ipis_and_eois_need_no_exit(lab: VmxLab) -> None:
     run.exits_with(ExitReason.APIC_WRITE, ICR)
 
 
+@guest_test("SDM: Virtual-Interrupt Delivery", needs=[SHADOW, ACCESSES, DELIVERY])
+def a_virtual_interrupt_is_delivered_once(lab: VmxLab) -> None:
+    """A handler that returns without EOI is not called again, and no other vector is."""
+    apic = _delivering(lab, 0x41)
+    apic[0x220] = 2
+    lab.write(lab.stub(0x41), lab.assemble("incl DATA; iretq"))
+    lab.fill(lab.places.data, 8)
+    run = lab.run("nop; nop; nop", apic.fields | {F.GUEST_RFLAGS: 0x202},
+                  reads=[F.GUEST_INTERRUPT_STATUS])  # fmt: skip
+    run.ends()
+    equal("how often it was called", lab.read_u32(lab.places.data), 1)
+    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0x4100)
+
+
 @guest_test("SDM: EOI Virtualization", needs=[SHADOW, ACCESSES, DELIVERY])
 def an_eoi_in_the_exit_bitmap_exits(lab: VmxLab) -> None:
     """An EOI of a vector whose EOI-exit bit is 1 exits behind the write with the vector."""

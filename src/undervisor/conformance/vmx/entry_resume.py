@@ -16,8 +16,12 @@ from undervisor.guest.probe.answers import Returned
 from undervisor.guest.probe.client import Batch
 
 
-def _loop(lab: VmxLab, code: str, changes: Changes, between: str = "") -> Returned:
+def _loop(
+    lab: VmxLab, code: str, changes: Changes, between: str = "", behind: str = ""
+) -> Returned:
     """L2 runs `code` to its end; L1 steps over each CPUID exit, with `between` before it resumes.
+
+    `behind` may change L2's RIP in R9.
 
     R12 are the exits of CPUID, R13 is the error of an entry that failed, 0 without one, R14 the
     last exit's reason; the other registers are as L2 left them, R8 and R9 excepted.
@@ -29,7 +33,8 @@ def _loop(lab: VmxLab, code: str, changes: Changes, between: str = "") -> Return
     1:  mov ${int(F.EXIT_REASON):#x}, %r8d; vmread %r8, %r14
         cmp ${int(ExitReason.CPUID)}, %r14; jne 4f
         inc %r12d; {between}
-        mov ${int(F.GUEST_RIP):#x}, %r8d; vmread %r8, %r9; add $2, %r9; vmwrite %r9, %r8; vmresume
+        mov ${int(F.GUEST_RIP):#x}, %r8d; vmread %r8, %r9; add $2, %r9
+        {behind}; vmwrite %r9, %r8; vmresume
     3:  mov ${int(F.VM_INSTRUCTION_ERROR):#x}, %r8d; vmread %r8, %r13; jmp 5f
     4:  xor %r13d, %r13d
     5:
@@ -80,6 +85,17 @@ def an_efer_that_nothing_loads_is_l1s_of_the_moment(lab: VmxLab) -> None:
     sce = [found[name] & Efer.sce for name in ("rsi", "rdi", "rbp")]
     equal("errors and exits of CPUID", (found["r13"], found["r12"]), (0, 2))
     equal("EFER.SCE in L2", sce, [sce[0], sce[0] ^ Efer.sce, sce[0]])
+
+
+@guest_test("SDM: Checks on Guest RIP, RFLAGS, and SSP")
+def a_rip_that_l2s_new_mode_does_not_have_is_refused(lab: VmxLab) -> None:
+    """Behind a far return into compatibility mode, RIP with bit 32 fails the entry, reason 33."""
+    code = "push $CS32; push $7f; lretq; 7: .code32; cpuid; vmcall; .code64"
+    found = _loop(lab, code, {})
+    equal("the last reason without it", found["r14"], ExitReason.VMCALL)
+    found = _loop(lab, code, {}, behind="btsq $32, %r9")
+    invalid = 1 << 31 | ExitReason.ENTRY_FAILURE_INVALID_GUEST_STATE
+    equal("exits of CPUID, and the last reason", (found["r12"], found["r14"]), (1, invalid))
 
 
 @guest_test("SDM: VM-Execution Control Fields",

@@ -186,3 +186,12 @@ def the_timer_starts_anew_at_each_entry(lab: VmxLab) -> None:
     run.exits_with(EXPIRED)
     run = lab.resume({F.PREEMPTION_TIMER_VALUE: 0}, run.registers)
     run.exits_with(EXPIRED)
+
+
+@guest_test("SDM: VMX-Preemption Timer", needs=[TIMER])
+def the_timer_of_one_entry_is_not_that_of_the_next(lab: VmxLab) -> None:
+    """A timer that counted when L2 exited does not end an L2 that is entered without one."""
+    shift = VmxMisc(lab.l1.rdmsr(VmxMsr.IA32_VMX_MISC).value).preemption_timer_shift
+    soon = {F.PREEMPTION_TIMER_VALUE: (200_000 >> shift) + 1}
+    lab.run("", lab.pin(preemption_timer=1) | soon)
+    lab.run("mov $3000000, %ecx; 1: loop 1b; nop").ends()

@@ -19,6 +19,7 @@ _ROWS: Final = (
     # -- SVM
     ("svm.reset", "self.shadows.stale = True left out",
      "what INIT does to the translations of L2 is not said, and every VMRUN can flush them"),
+    ("svm.controls.merge", "wanted & _BREAKPOINTS with another operator", _ASKED),
     ("svm.entry._load_controls", "svm.controls = current left out", _AGAIN),
     ("svm.entry._load_controls", "svm.monitor_armed = False left out",
      "whether a monitor stays armed over a world switch is not said"),
