@@ -11,10 +11,11 @@ from typing import Final
 from undervisor.conformance.known.bochs_svm import DEFECTS as BOCHS_SVM
 from undervisor.conformance.known.bochs_vmx import DEFECTS as BOCHS_VMX
 from undervisor.conformance.known.defect import Known
+from undervisor.conformance.known.lab import DEFECTS as LAB
 from undervisor.conformance.known.qemu import DEFECTS as QEMU
 from undervisor.conformance.runner import Result
 
-KNOWN: Final[tuple[Known, ...]] = (*QEMU, *BOCHS_SVM, *BOCHS_VMX)
+KNOWN: Final[tuple[Known, ...]] = (*QEMU, *BOCHS_SVM, *BOCHS_VMX, *LAB)
 
 
 def explain(result: Result) -> Known | None:
