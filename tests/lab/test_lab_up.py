@@ -11,8 +11,10 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 from lab_machines import machines_in, undervisor
@@ -161,35 +163,54 @@ def test_it_ends_and_nothing_is_left(lab, runtime):
     assert undervisor("lab", "down", runtime=runtime).returncode == 2
 
 
+@pytest.fixture
+def short():
+    """A folder whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_leaves_nothing(tmp_path, number):
+def test_a_run_that_is_ended_leaves_nothing(short, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "undervisor", "lab", "run"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        env={**os.environ, "XDG_RUNTIME_DIR": str(short)},
     )
     deadline = time.monotonic() + 120
-    while not any("qemu-system" in words for words in machines_in(tmp_path)):
+    while not any("qemu-system" in words for words in machines_in(short)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
     process.wait(30)
     deadline = time.monotonic() + 20
-    while machines_in(tmp_path):
-        assert time.monotonic() < deadline, machines_in(tmp_path)
+    while machines_in(short):
+        assert time.monotonic() < deadline, machines_in(short)
         time.sleep(0.05)
 
 
-def test_an_l1_without_svm_is_told(tmp_path, monkeypatch):
+def test_an_l1_without_svm_is_told(short, monkeypatch):
     from undervisor.errors import GuestDied
     from undervisor.lab import machines
     from undervisor.lab.plan import Plan
     from undervisor.lab.stack import Lab
 
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(machines, "EMULATED_CPU", "EPYC,-svm,-xsave")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
     with pytest.raises(GuestDied, match="no /dev/kvm"):
         Lab(plan=Plan(accelerator="tcg")).start()
-    assert machines_in(tmp_path) == []
+    assert machines_in(short) == []
+
+
+def test_a_folder_too_long_for_sockets_is_told(tmp_path, monkeypatch):
+    from undervisor.errors import BadInput
+    from undervisor.lab.plan import Plan
+    from undervisor.lab.stack import Lab
+
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    with pytest.raises(BadInput, match="too long for the sockets"):
+        Lab(plan=Plan(accelerator="tcg")).start()

@@ -34,6 +34,7 @@ BOOT_SECONDS: Final = 180.0
 """For one level.  The slowest here, L3 under emulation, takes a tenth of that."""
 RUN_SECONDS: Final = 60.0
 _OUTPUT: Final = 8 << 20
+_LONGEST_SOCKET: Final = 107  # bytes of a Unix socket's path
 _LOOK_EVERY: Final = 1.0
 _GRACE: Final = 5.0
 _VMM_LOG: Final = "/tmp/vmm.log"
@@ -153,6 +154,12 @@ class Lab:
 
     def _new_place(self) -> Place:
         place = self._free_place()
+        longest = max(len(f"/{stream}.qemu") for stream in ports.of_lab(self.depth))
+        if len(os.fsencode(place.folder)) + longest > _LONGEST_SOCKET:
+            raise BadInput(
+                f"{place.folder} is too long for the sockets that a lab has in it",
+                hint="a shorter name, or XDG_RUNTIME_DIR set to a shorter folder",
+            )
         place.remove()
         place.folder.mkdir(mode=0o700)
         return place

@@ -117,13 +117,15 @@ def _copy(
     control: socket.socket,
     handles: list[int],
 ) -> None:
-    pid = os.fork()
+    template, pid = os.getpid(), os.fork()
     if pid:
         for handle in handles:
             os.close(handle)
         control.sendall(_PID.pack(pid))
         return
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != template:  # it died before the kernel knew that we go with it
+        os._exit(1)
     control.close()
     line, answer = (socket.socket(fileno=handle) for handle in handles)
     wire.connect(line)
