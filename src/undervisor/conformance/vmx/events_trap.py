@@ -132,9 +132,15 @@ def an_injected_trap_exit_keeps_pending_debug_exceptions(lab: VmxLab) -> None:
     lab.code("nop; nop")
     event = VALID | Type.OTHER_EVENT << 8
     pending = {F.GUEST_PENDING_DEBUG_EXCEPTIONS: BREAKPOINT}
-    run = lab.run(None, {F.ENTRY_INTERRUPTION_INFORMATION: event} | pending)
+    inject = {F.ENTRY_INTERRUPTION_INFORMATION: event}
+    run = lab.run(None, inject | pending)
     run.exits_with(TRAP)
     equal("what is pending", run[F.GUEST_PENDING_DEBUG_EXCEPTIONS], BREAKPOINT)
+    none = {F.GUEST_PENDING_DEBUG_EXCEPTIONS: 0, F.ENTRY_INTERRUPTION_INFORMATION: 0}
+    run = lab.resume(none)
+    run.ends()
+    equal("what is pending behind an entry without", run[F.GUEST_PENDING_DEBUG_EXCEPTIONS], 0)
+    lab.run(None, inject | pending).exits_with(TRAP)
     run = lab.resume(pending | {F.ENTRY_INTERRUPTION_INFORMATION: 0, F.EXCEPTION_BITMAP: 2})
     run.exits_with_exception(1)
     equal("the qualification", run.qualification & 0xF, 1)

@@ -190,7 +190,10 @@ def general_detect_exits_as_a_debug_exception(lab: VmxLab) -> None:
 def a_triple_fault_exits_and_a_double_fault_by_its_bit(lab: VmxLab) -> None:
     """A fault that L2 can deliver no more is a triple fault, reason 2; #DF exits by bit 8."""
     no_table: Changes = {F.GUEST_IDTR_LIMIT: 0}
-    lab.run("ud2", no_table).exits_with(ExitReason.TRIPLE_FAULT, qualification=0)
+    run = lab.run("ud2", no_table)
+    run.exits_with(ExitReason.TRIPLE_FAULT, qualification=0)
+    equal("the IDT-vectoring valid bit of a triple fault",
+          run[F.IDT_VECTORING_INFORMATION] & VALID, 0)  # fmt: skip
     run = lab.run("ud2", no_table | {F.EXCEPTION_BITMAP: 1 << 8})
     run.exits_with_exception(8, 0)
     equal("the IDT-vectoring valid bit of a double fault",
