@@ -7,7 +7,6 @@ its parent.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -20,6 +19,7 @@ from typing import Final, NoReturn
 
 from undervisor import errors
 from undervisor.errors import ExitCode, SiliconDied, TimedOut, UndervisorError
+from undervisor.orphans import die_with
 
 INTERRUPTED: Final = 130
 """The exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -27,7 +27,6 @@ BROKEN_PIPE: Final = 141
 """The exit code when nobody reads the output any more: 128 + SIGPIPE."""
 
 _GRACE: Final = 3.0
-_DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 _MOST_WORDS: Final = 1 << 20
 
 
@@ -40,10 +39,10 @@ def run_in_child(work: Callable[[], int], timeout: float | None = None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         os.close(reading)
-        _live(work, writing)
+        _live(work, writing, parent)
     os.close(writing)
     limit = None if timeout is None else timeout + _GRACE
     try:
@@ -72,11 +71,10 @@ def _death(number: int) -> SiliconDied:
 # -- the child ---------------------------------------------------------------------------------
 
 
-def _live(work: Callable[[], int], writing: int) -> NoReturn:
+def _live(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
     code: int = ExitCode.INTERNAL_ERROR
     try:
-        # Whatever becomes of the parent, no machine is left running without it.
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        die_with(parent)
         code = work()
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,10 +21,10 @@ from typing import Any, Final
 
 from undervisor.lab.places import LOG, PLAN, Place, started
 from undervisor.lab.ports import CONSOLE, GREETING, SHELL
+from undervisor.orphans import die_with
 
 STAY: Final = b"stay\n"
 READY: Final = b"ready\n"
-_PR_SET_PDEATHSIG: Final = 1
 _PIECE: Final = 1 << 16
 _BACKLOG: Final = 1 << 15
 _LOG_MOST: Final = 16 << 20
@@ -99,13 +98,6 @@ class Stream:
                     await self._to.drain()
 
 
-def _die_with(keeper: int) -> None:
-    """In the child, before QEMU: the kernel kills it when the keeper, a single thread, dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != keeper:  # it died in between
-        os._exit(1)
-
-
 async def _lifeline() -> None:
     """Returns when the lab has lost the one that wanted it."""
     loop = asyncio.get_running_loop()
@@ -127,7 +119,7 @@ async def _keep(place: Place, command: list[str], names: list[str]) -> None:
             stdout=log,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(_die_with, os.getpid()),
+            preexec_fn=partial(die_with, os.getpid()),
         )
     try:
         streams = [Stream(place, name) for name in names]

@@ -8,7 +8,6 @@ copy starts within milliseconds.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import select
@@ -23,6 +22,7 @@ from undervisor.errors import SiliconDied, UndervisorError
 from undervisor.hypervisor import models
 from undervisor.hypervisor.machine import Machine
 from undervisor.hypervisor.verdict import Ending, Outcome
+from undervisor.orphans import die_with
 from undervisor.targets import End, How, Job
 from undervisor.targets.builtin.machine import build, how_it_ended
 
@@ -30,7 +30,6 @@ PIECE: Final = 1 << 16
 PROMPT_TIME: Final = 10.0
 """Seconds that a template's guest has to come to its prompt."""
 _GRACE: Final = 5.0
-_DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 _START, _REAP = b"start", b"reap"
 _PID, _STATUS = struct.Struct("<q"), struct.Struct("<i")
 _GOES_ON: Final = frozenset({Ending.STOPPED, Ending.TIMEOUT})
@@ -123,9 +122,7 @@ def _copy(
             os.close(handle)
         control.sendall(_PID.pack(pid))
         return
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != template:  # it died before the kernel knew that we go with it
-        os._exit(1)
+    die_with(template)
     control.close()
     line, answer = (socket.socket(fileno=handle) for handle in handles)
     wire.connect(line)
