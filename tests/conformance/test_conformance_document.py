@@ -6,7 +6,7 @@ from pathlib import Path
 from undervisor.conformance.catches import CATCHES
 from undervisor.conformance.document import page
 from undervisor.conformance.suite import all_tests
-from undervisor.hypervisor.quirks import CATALOGUE
+from undervisor.hypervisor.quirks.catalogue import CATALOGUE
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from undervisor.cli.printing import console, put, put_json, table
+from undervisor.cli.progress import counted_work, errors_console
 
 if TYPE_CHECKING:
     from undervisor.conformance.proof import Caught
@@ -28,7 +29,7 @@ def quirks(
 ) -> None:
     """List the ways in which the built-in L0 can be made wrong (`--quirk NAME` of other verbs)."""
     from undervisor.conformance.catches import CATCHES
-    from undervisor.hypervisor.quirks import CATALOGUE
+    from undervisor.hypervisor.quirks.catalogue import CATALOGUE
 
     if as_json:
         put_json([_quirk_data(quirk) for quirk in CATALOGUE.values()])
@@ -59,12 +60,13 @@ def prove_quirks(names: Sequence[str], jobs: int, *, as_json: bool) -> bool:
     """Run each quirk's own tests under it; whether each was caught for the right reason."""
     from undervisor.conformance.catches import CATCHES
     from undervisor.conformance.proof import catch
-    from undervisor.hypervisor.quirks import CATALOGUE, named
+    from undervisor.hypervisor.quirks import named
+    from undervisor.hypervisor.quirks.catalogue import CATALOGUE
     from undervisor.targets.builtin import BuiltinTarget
 
     wanted = named(names) if names else list(CATALOGUE.values())
     found: list[tuple[Quirk, list[Caught]]] = []
-    with _progress("quirks", len(wanted)) as step:
+    with _begun("quirks", len(wanted)) as step:
         for quirk in wanted:
             step(quirk.name)
             rows: list[Caught] = []
@@ -127,7 +129,7 @@ def prove_mutants(count: int, seed: int, jobs: int, *, as_json: bool) -> bool:
 
     fates = []
     mutants = sample(count, seed)
-    with _progress("mutants", len(mutants)) as step:
+    with _begun("mutants", len(mutants)) as step:
         for mutant in mutants:
             step(mutant.where)
             target = BuiltinTarget(CPUS[mutant.vendor], [f"{PREFIX}{mutant.number}"])
@@ -161,24 +163,14 @@ def _fate_data(fate: Fate) -> dict[str, object]:
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Progress on standard error: a bar on a terminal, a line each elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+def _begun(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Progress by what is begun: a bar on a terminal, a line each elsewhere."""
+    out = errors_console()
+    with counted_work(out, what, total, begun=True) as step:
 
-    out = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task(what, total=total, last="", completed=-1)
-
-        def step(name: str) -> None:
-            bar.update(task, advance=1, last=name[:60])
+        def begin(name: str) -> None:
+            step(name)
             if not out.is_terminal:
                 print(f"{what}: {name}", file=sys.stderr, flush=True)
 
-        yield step
+        yield begin

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from undervisor.cli.printing import console, put, put_json, table
+from undervisor.cli.progress import counted_work, errors_console
 
 if TYPE_CHECKING:
     from undervisor.conformance.runner import Result
@@ -38,24 +39,14 @@ def asking(name: str) -> Iterator[None]:
 
 def run_shown(tests: Sequence[GuestTest], target: Target, jobs: int) -> list[Result]:
     """Run tests on a target with progress, and what fails at once, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from undervisor.conformance.runner import run_all
 
-    out = Console(stderr=True, highlight=False)
+    out = errors_console()
     begin = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        task = progress.add_task(target.name, total=len(tests), last="")
+    with counted_work(out, target.name, len(tests)) as step:
 
         def seen(result: Result) -> None:
-            progress.update(task, advance=1, last=result.test.id)
+            step(result.test.id)
             if not result.verdict.good:
                 out.print(
                     f"{result.verdict.value}: {result.test.id} on {result.target}",
@@ -101,7 +92,7 @@ def summarize(found: Sequence[Result], seconds: float) -> None:
 def _alike(result: Result) -> Iterator[str]:
     """The known bugs that make a test fail in this way."""
     from undervisor.conformance.catches import CATCHES
-    from undervisor.hypervisor.quirks import CATALOGUE
+    from undervisor.hypervisor.quirks.catalogue import CATALOGUE
 
     for name, catches in CATCHES.items():
         if any(c.test == result.test.id and c.words in result.message for c in catches):
