@@ -1,5 +1,6 @@
 """A process that goes with the one that it works for."""
 
+import select
 import subprocess
 import sys
 
@@ -36,4 +37,5 @@ def test_a_child_is_killed_when_its_parent_dies():
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         process.kill()
+        assert select.select([process.stdout], [], [], 20)[0], "the child lives on"
         assert process.stdout.read() == b""  # the line ends when the child has ended too

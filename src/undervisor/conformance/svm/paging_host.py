@@ -9,6 +9,7 @@ from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import Vector
 from undervisor.arch.x86.msr import Msr
 from undervisor.arch.x86.registers import Cr0, Cr4, Efer
+from undervisor.conformance import first_mebibyte
 from undervisor.conformance.expect import each, equal, true
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.svm import modes
@@ -58,30 +59,11 @@ def from_legacy_mode(lab: SvmLab, changes: dict[F, int], cr3: int, cr4: int) -> 
     return run
 
 
-LOW: Final = 0x55000
-"""A page of memory below 1 MiB that nothing uses."""
-FIRMWARE: Final = 0xF8000
-
-
 @guest_test("APM: Nested Paging", needs=[NPT], cases={"4 KiB": 12, "2 MiB": 21})
 def nested_pages_reach_the_first_mebibyte(lab: SvmLab, shift: int) -> None:
     """Memory below 1 MiB is under nested pages what it is to L1, and so is the firmware's."""
     begin = lab.npt(shift) | {F.CR3: lab.pages()}
-    lab.write_u64(LOW, 0x1111)
-    old = lab.read_u64(FIRMWARE)
-    lab.write_u64(FIRMWARE, old ^ 1)
-    kept = lab.read_u64(FIRMWARE)
-    lab.write_u64(FIRMWARE, old)
-    code = "mov 0x180000, %r9; mov (%rsi), %rax; mov %rbx, (%rsi); mov (%rdi), %rdx"
-    code += "; mov %rcx, (%rdi)"
-    registers = {"rsi": LOW, "rdi": FIRMWARE, "rbx": 0x2222, "rcx": old ^ 1}
-    run = lab.run(f"{code}; mov (%rdi), %rbp", begin, registers)
-    run.ends()
-    got = run.registers["rax"], lab.read_u64(LOW)
-    equal("what L2 reads there and L1 afterwards", got, (0x1111, 0x2222))
-    firmware = run.registers["rdx"], run.registers["rbp"]
-    equal("firmware before and after L2's write", firmware, (old, kept))
-    lab.write_u64(FIRMWARE, old)
+    first_mebibyte.is_l1s(lab, lambda code, registers: lab.run(code, begin, registers))
 
 
 def _pae_tables(lab: SvmLab, pointers: int, directories: int) -> None:

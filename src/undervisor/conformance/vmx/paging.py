@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Final
 
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance import first_mebibyte
 from undervisor.conformance.expect import each, equal, true
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.vmx.ept import (
@@ -169,28 +169,9 @@ def a_page_of_a_size_that_is_not_supported_is_misconfigured(lab: VmxLab) -> None
     target.touch(READ).exits_with(ExitReason.VMCALL if capability.page_1g else MISCONFIGURATION)
 
 
-LOW: Final = 0x55000
-"""A page of memory below 1 MiB that nothing uses."""
-FIRMWARE: Final = 0xF8000
-
-
 @guest_test("SDM: EPT Translation Mechanism", needs=[EPT], cases=SIZES)
 def ept_reaches_the_first_mebibyte(lab: VmxLab, shift: int) -> None:
     """Memory below 1 MiB is under EPT what it is to L1, and so is the firmware's."""
     needs_pages(lab, shift)
     begin = lab.ept(shift) | {F.GUEST_CR3: lab.pages()}
-    lab.write_u64(LOW, 0x1111)
-    old = lab.read_u64(FIRMWARE)
-    lab.write_u64(FIRMWARE, old ^ 1)
-    kept = lab.read_u64(FIRMWARE)
-    lab.write_u64(FIRMWARE, old)
-    code = "mov 0x180000, %r9; mov (%rsi), %rax; mov %rbx, (%rsi); mov (%rdi), %rdx"
-    code += "; mov %rcx, (%rdi)"
-    registers = {"rsi": LOW, "rdi": FIRMWARE, "rbx": 0x2222, "rcx": old ^ 1}
-    run = lab.run(f"{code}; mov (%rdi), %rbp", begin, registers)
-    run.ends()
-    got = run.registers["rax"], lab.read_u64(LOW)
-    equal("what L2 reads there and L1 afterwards", got, (0x1111, 0x2222))
-    firmware = run.registers["rdx"], run.registers["rbp"]
-    equal("firmware before and after L2's write", firmware, (old, kept))
-    lab.write_u64(FIRMWARE, old)
+    first_mebibyte.is_l1s(lab, lambda code, registers: lab.run(code, begin, registers))
