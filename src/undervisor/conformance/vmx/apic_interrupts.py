@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from undervisor.arch.vmx.controls import PinBasedControls
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
 from undervisor.arch.x86.msr import Msr
@@ -25,12 +22,8 @@ from undervisor.conformance.vmx.apic import (
     X2APIC,
     Apic,
 )
-from undervisor.conformance.vmx.events import SPURIOUS
-from undervisor.conformance.vmx.lab import Changes, VmxLab
-from undervisor.conformance.vmx.needs import control, misc
-from undervisor.conformance.vmx.run import Run
-
-POSTED: Final = control(PinBasedControls, "process_posted_interrupts")
+from undervisor.conformance.vmx.lab import VmxLab
+from undervisor.conformance.vmx.needs import misc
 
 # -- x2APIC mode -----------------------------------------------------------------------------------
 
@@ -118,7 +111,8 @@ def self_ipis_and_eois_are_msrs(lab: VmxLab) -> None:
 # -- virtual interrupts ----------------------------------------------------------------------------
 
 
-def _delivering(lab: VmxLab, status: int = 0) -> Apic:
+def delivering(lab: VmxLab, status: int = 0) -> Apic:
+    """APIC virtualization with virtual-interrupt delivery, and its guest interrupt status."""
     registers = {"apic_register_virtualization": 1} if REGISTERS.present(lab) else {}
     return Apic(lab, status=status, virtual_interrupt_delivery=1, **registers)
 
@@ -129,14 +123,14 @@ def a_pending_virtual_interrupt_is_delivered(lab: VmxLab) -> None:
 
     A virtual task priority of its class, and RFLAGS.IF = 0, hold it back.
     """
-    apic = _delivering(lab, 0x41)
+    apic = delivering(lab, 0x41)
     apic[0x220] = 2
     fields = apic.fields | {F.GUEST_RFLAGS: 0x202}
     run = lab.run("nop", fields, reads=[F.GUEST_INTERRUPT_STATUS])
     run.delivers(0x41)
     equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0x4100)
     equal("VIRR, VISR and VPPR", (apic[0x220], apic[0x120], apic[PPR]), (0, 2, 0x40))
-    apic = _delivering(lab, 0x41)
+    apic = delivering(lab, 0x41)
     apic[0x220], apic[TPR] = 2, 0x4F
     lab.run("nop", fields).ends()
     apic[TPR] = 0x3F
@@ -150,7 +144,7 @@ def a_pending_virtual_interrupt_is_delivered(lab: VmxLab) -> None:
             needs=[SHADOW, ACCESSES, DELIVERY, misc("activity_hlt")], seconds=5)  # fmt: skip
 def a_virtual_interrupt_ends_hlt(lab: VmxLab) -> None:
     """A virtual interrupt that is pending at an entry into HLT is delivered, and L2 is active."""
-    apic = _delivering(lab, 0x41)
+    apic = delivering(lab, 0x41)
     apic[0x220] = 2
     fields = apic.fields | {F.GUEST_RFLAGS: 0x202, F.GUEST_ACTIVITY_STATE: 1}
     lab.write(lab.stub(0x41), lab.assemble("incl DATA; vmcall"))
@@ -165,7 +159,7 @@ def a_virtual_interrupt_ends_hlt(lab: VmxLab) -> None:
             needs=[SHADOW, ACCESSES, DELIVERY])  # fmt: skip
 def self_ipis_and_eois_need_no_exit(lab: VmxLab) -> None:
     """A self-IPI by ICR is delivered in L2, and its EOI delivers the next: no exit in between."""
-    apic = _delivering(lab)
+    apic = delivering(lab)
     handler = lab.places.code + 0x8000
     lab.code(f"incl {lab.places.data:#x}; movl $0, {apic.access + EOI:#x}; iretq", handler, end="")
     for vector in (0x51, 0x52):
@@ -184,7 +178,7 @@ def self_ipis_and_eois_need_no_exit(lab: VmxLab) -> None:
 @guest_test("SDM: Virtual-Interrupt Delivery", needs=[SHADOW, ACCESSES, DELIVERY])
 def a_virtual_interrupt_is_delivered_once(lab: VmxLab) -> None:
     """A handler that returns without EOI is not called again, and no other vector is."""
-    apic = _delivering(lab, 0x41)
+    apic = delivering(lab, 0x41)
     apic[0x220] = 2
     lab.write(lab.stub(0x41), lab.assemble("incl DATA; iretq"))
     lab.fill(lab.places.data, 8)
@@ -198,7 +192,7 @@ def a_virtual_interrupt_is_delivered_once(lab: VmxLab) -> None:
 @guest_test("SDM: EOI Virtualization", needs=[SHADOW, ACCESSES, DELIVERY])
 def an_eoi_in_the_exit_bitmap_exits(lab: VmxLab) -> None:
     """An EOI of a vector whose EOI-exit bit is 1 exits behind the write with the vector."""
-    apic = _delivering(lab, 0x4100)
+    apic = delivering(lab, 0x4100)
     apic[0x120] = 2
     run = lab.run(f"movl $7, {apic.access + EOI:#x}; nop", apic.fields | {F.EOI_EXIT_BITMAP_1: 2},
                   reads=[F.GUEST_INTERRUPT_STATUS])  # fmt: skip
@@ -206,62 +200,3 @@ def an_eoi_in_the_exit_bitmap_exits(lab: VmxLab) -> None:
     true("RIP is behind the write", run.rip > lab.places.code)
     equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0)
     equal("VISR", apic[0x120], 0)
-
-
-# -- posted interrupts -----------------------------------------------------------------------------
-
-NOTIFICATION, OTHER = 0x81, 0x82
-OUTSTANDING: Final = 0x20
-"""Where in the descriptor, behind 256 requests, the outstanding notification is."""
-
-
-def _posted(lab: VmxLab, apic: Apic) -> Changes:
-    """Posted interrupts with the descriptor at DATA, which requests 22H, 85H and 86H."""
-    descriptor = lab.places.data
-    lab.fill(descriptor, 64)
-    lab.write_u32(descriptor + 4, 1 << 2)
-    lab.write_u32(descriptor + 16, 3 << 5)
-    lab.write_u32(descriptor + OUTSTANDING, 1)
-    lab.l1.apic_write(SPURIOUS, 0x1FF)
-    fields = lab.on_exit(apic.fields, acknowledge_interrupt=1)
-    return lab.pin(fields, external_interrupt_exiting=1, process_posted_interrupts=1) | {
-        F.POSTED_INTERRUPT_NOTIFICATION_VECTOR: NOTIFICATION,
-        F.POSTED_INTERRUPT_DESCRIPTOR_ADDRESS: descriptor,
-    }
-
-
-def _arrives(lab: VmxLab, apic: Apic, vector: int) -> Run:
-    """L2 runs while an interrupt arrives that L1 sent itself before, its own IF being 0."""
-    fields = _posted(lab, apic)
-    lab.l1.apic_write(ICR, 0x40000 | vector)
-    return lab.run("nop; nop", fields | {F.GUEST_RFLAGS: 0x202}, reads=[F.GUEST_INTERRUPT_STATUS])
-
-
-@guest_test("SDM: Posted-Interrupt Processing", needs=[SHADOW, ACCESSES, DELIVERY, POSTED])
-def a_notification_delivers_what_is_posted(lab: VmxLab) -> None:
-    """The notification vector does not exit: requests move to VIRR, the highest is delivered.
-
-    The outstanding notification and the requests are clear, and L1's APIC is free for the next.
-    """
-    apic = _delivering(lab, 0)
-    apic[0x210] = 1 << 3
-    run = _arrives(lab, apic, NOTIFICATION)
-    run.delivers(0x86)
-    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0x8685)
-    equal("VIRR, its words 1 and 4", (apic[0x210], apic[0x240]), (0xC, 1 << 5))
-    equal("VISR, its word 4", apic[0x140], 1 << 6)
-    equal("the descriptor", lab.read(lab.places.data, 40), bytes(40))
-    in_service = [lab.l1.apic_read(0x100 + 16 * n).value for n in range(8)]
-    equal("what L1's APIC has in service", in_service, [0] * 8)
-
-
-@guest_test("SDM: Posted-Interrupt Processing", "SDM: External-Interrupt Exiting",
-            needs=[SHADOW, ACCESSES, DELIVERY, POSTED])  # fmt: skip
-def another_vector_than_the_notification_exits(lab: VmxLab) -> None:
-    """With posted interrupts every other external interrupt exits, acknowledged; none is posted."""
-    run = _arrives(lab, _delivering(lab, 0), OTHER)
-    run.exits_with(ExitReason.EXTERNAL_INTERRUPT)
-    equal("the interruption information", run[F.EXIT_INTERRUPTION_INFORMATION], 1 << 31 | OTHER)
-    equal("the outstanding notification", lab.read_u32(lab.places.data + OUTSTANDING), 1)
-    equal("the guest interrupt status", run[F.GUEST_INTERRUPT_STATUS], 0)
-    lab.l1.apic_write(EOI, 0)

@@ -25,7 +25,7 @@ LOOKS: Final = 200_000
 DELAY: Final = "mov $1000, %ecx; 9: pause; in $0x80, %al; loop 9b; "
 
 
-def _others(lab: VmxLab, total: int) -> list[VmxLab]:
+def others(lab: VmxLab, total: int) -> list[VmxLab]:
     """The labs of processors 1 to `total - 1`, started and in VMX operation."""
     lab.start_others(total)
     labs = [VmxLab(lab.probe, number) for number in range(1, total)]
@@ -34,7 +34,7 @@ def _others(lab: VmxLab, total: int) -> list[VmxLab]:
     return labs
 
 
-def _await(lab: VmxLab, batch: Batch, flag: int) -> None:
+def wait_for(lab: VmxLab, batch: Batch, flag: int) -> None:
     """Add to `batch`: wait until the flag is set, or for long."""
     batch.call(lab.assemble("1: pause; cmpl $0, (%rbx); loope 1b"),
                {"rbx": flag, "rcx": LOOKS}, [])  # fmt: skip
@@ -48,7 +48,7 @@ def each_processor_runs_its_own_l2_at_once(lab: VmxLab, total: int) -> None:
     Each L2 waits for all others to be in theirs, and then works with its own memory and registers.
     """
     meeting = lab.places.data
-    labs = [lab, *_others(lab, total)]
+    labs = [lab, *others(lab, total)]
     lab.fill(meeting, 8)
     lab.flush()
     source = f"""
@@ -100,7 +100,7 @@ def vmx_operation_and_the_current_vmcs_are_each_processors_own(lab: VmxLab) -> N
 @guest_test("SDM: Software Use of Virtual-Machine Control Structures", cpus=2)
 def a_vmcs_migrates_by_vmclear(lab: VmxLab) -> None:
     """A VMCS that one processor has cleared is launched by another, with all its data."""
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     run = lab.run("inc %rbx; cpuid", None, {"rbx": 1})
     run.exits_with(ExitReason.CPUID)
     lab.l1.vmclear(lab.places.control)
@@ -129,7 +129,7 @@ def init_exits_from_l2_and_changes_nothing(lab: VmxLab) -> None:
 
     The processor is not reset, and L2 goes on when it is resumed.
     """
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     flag = lab.places.data
     lab.fill(flag, 8)
     lab.flush()
@@ -137,7 +137,7 @@ def init_exits_from_l2_and_changes_nothing(lab: VmxLab) -> None:
     theirs, ours = Batch(), Batch()
     writes = other.plan_launch(theirs, None)
     run = other.plan_entry(theirs, None, resume=False)
-    _await(lab, ours, flag)
+    wait_for(lab, ours, flag)
     ours.send_ipi(1, INIT)
     together({lab: ours, other: theirs})
     writes.check()
@@ -157,7 +157,7 @@ def init_is_blocked_in_root_operation_until_l2_runs(lab: VmxLab) -> None:
 
     A startup IPI meanwhile is ignored.
     """
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     with lab.batch() as batch:
         batch.send_ipi(1, INIT)
         batch.send_ipi(1, STARTUP | 8)
@@ -174,7 +174,7 @@ def a_blocked_init_is_taken_at_vmxoff(lab: VmxLab) -> None:
 
     It then waits for a startup IPI, which starts it anew.
     """
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     flag = lab.places.data
     lab.fill(flag, 16)
     lab.flush()
@@ -186,7 +186,7 @@ def a_blocked_init_is_taken_at_vmxoff(lab: VmxLab) -> None:
     equal("the current VMCS of the other", other.l1.vmptrst().value.value, other.places.control)
     with lab.batch() as batch:
         batch.post(1, theirs)
-        _await(lab, batch, flag)
+        wait_for(lab, batch, flag)
         batch.call(lab.assemble(DELAY), {}, [])
         before, behind = batch.peek(flag), batch.peek(flag + 8)
     equal("the signs before and behind VMXOFF", (before.value, behind.value), (1, 0))
@@ -198,7 +198,7 @@ def a_blocked_init_is_taken_at_vmxoff(lab: VmxLab) -> None:
             needs=[misc("activity_wait_for_sipi")])  # fmt: skip
 def a_startup_ipi_exits_from_wait_for_sipi(lab: VmxLab) -> None:
     """In the activity state wait-for-SIPI a startup IPI exits, reason 4, with its vector."""
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     flag = lab.places.data
     lab.fill(flag, 8)
     lab.flush()
@@ -226,7 +226,7 @@ def a_startup_ipi_exits_from_wait_for_sipi(lab: VmxLab) -> None:
 @guest_test("SDM: Other Causes of VM Exits", cpus=2)
 def a_startup_ipi_is_ignored_by_an_l2_that_runs(lab: VmxLab) -> None:
     """A startup IPI that reaches an active L2 has no effect, then or later."""
-    (other,) = _others(lab, 2)
+    (other,) = others(lab, 2)
     flag = lab.places.data
     lab.fill(flag, 8)
     lab.flush()
@@ -234,7 +234,7 @@ def a_startup_ipi_is_ignored_by_an_l2_that_runs(lab: VmxLab) -> None:
     theirs, ours = Batch(), Batch()
     other.plan_launch(theirs, None)
     run = other.plan_entry(theirs, None, resume=False)
-    _await(lab, ours, flag)
+    wait_for(lab, ours, flag)
     ours.send_ipi(1, STARTUP | VECTOR)
     ours.poke(flag, 2)
     together({lab: ours, other: theirs})
