@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from undervisor.errors import BadInput
 from undervisor.guest import asm_process
 from undervisor.guest.asm import AsmError, assemble
 
@@ -120,3 +121,10 @@ def test_a_source_that_never_ends_is_stopped(monkeypatch):
 
 def test_the_same_source_is_assembled_once():
     assert assemble("nop; nop", origin=3) is assemble("nop; nop", origin=3)
+
+
+def test_where_llvm_is_missing_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(asm_process, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="llvmlite is not installed") as caught:
+        asm_process.Assembler().run("nop")
+    assert "--host" in caught.value.hint

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -158,14 +160,14 @@ class TestCopies:
 
     def test_die_with_the_process_that_they_are_copies_of(self, target):
         with target.start(job("1: jmp 1b")) as running:
-            template = running._template._process
-            template.kill()
+            template = running._template.pid
+            os.kill(template, signal.SIGKILL)
             assert running.wait(20).how is How.TARGET_DIED
 
     def test_of_a_dead_template_do_not_start_and_say_so(self):
         target, asked = BuiltinTarget("amd"), job("1: jmp 1b")
         with target.start(asked) as running:
-            running._template._process.kill()
+            os.kill(running._template.pid, signal.SIGKILL)
             running.wait(20)
         with pytest.raises(SiliconDied, match="SIGKILL"):
             target.start(asked)
@@ -173,9 +175,60 @@ class TestCopies:
     def test_end_with_their_target(self):
         target = BuiltinTarget("amd")
         with target.start(job("1: jmp 1b")) as running:
-            pid = running._template._process.pid
+            pid = running._template.pid
         del target, running
-        deadline = time.monotonic() + 20
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not Path(f"/proc/{pid}").exists()
+        assert is_gone(pid)
+
+
+class TestWhereTheyComeFrom:
+    def test_is_no_import_of_the_users_script(self, tmp_path):
+        script = tmp_path / "script.py"  # without `if __name__ == "__main__"`, as people write
+        script.write_text(
+            "from undervisor.conformance.runner import lab_on\n"
+            "from undervisor.targets.builtin import BuiltinTarget\n"
+            "with lab_on(BuiltinTarget('amd'), 'svm') as lab:\n"
+            "    print(lab.l1.cpuid(0).fault)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.stdout, done.stderr, done.returncode) == ("None\n", "", 0)
+
+    def test_is_started_again_where_it_is_dead(self):
+        target, asked = BuiltinTarget("amd"), job("1: jmp 1b")
+        with target.start(asked) as running:
+            template = running._template.pid
+            os.kill(parent_of(template), signal.SIGKILL)
+            assert running.wait(20).how is How.TARGET_DIED
+        with BuiltinTarget("amd").start(asked) as running, pytest.raises(TimedOut):
+            running.wait(0.1)
+
+    def test_ends_with_the_process_that_it_is_for(self):
+        script = (
+            "from undervisor.targets import builtin, Job\n"
+            "from undervisor.guest.image import Image\n"
+            "from undervisor.guest.probe.program import program\n"
+            "job = Job(Image.parse(program().elf, 'probe'), memory=32 << 20)\n"
+            "running = builtin.BuiltinTarget('amd').start(job)\n"
+            "print(running._template.pid, flush=True)\n"
+            "input()\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            template = int(process.stdout.readline())
+            pids = [template, parent_of(template)]
+            process.kill()
+        for pid in pids:
+            assert is_gone(pid)
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def is_gone(pid, limit=20):
+    deadline = time.monotonic() + limit
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not Path(f"/proc/{pid}").exists()

@@ -11,8 +11,11 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
+
+from undervisor.errors import BadInput
 
 WORKER = Path(__file__).with_name("asm_worker.py")
 TIME_LIMIT = 20.0
@@ -56,6 +59,7 @@ class Assembler:
     def _started(self) -> subprocess.Popen[bytes]:
         # A forked child must not share its parent's pipe.
         if self._process is None or self._owner != os.getpid():
+            _require_llvm()
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (lives as the process does)
             # -P: the modules beside the worker must not hide the standard library's.
             self._process = subprocess.Popen(
@@ -99,3 +103,13 @@ class Assembler:
         words = complaints.read(1 << 16).decode(errors="replace")
         complaints.close()
         return words or (f"it died of signal {-process.returncode}" if process.returncode else "")
+
+
+def _require_llvm() -> None:
+    """BadInput where the package was put on a machine without all that it requires: a lab's L1."""
+    if find_spec("llvmlite") is None:
+        raise BadInput(
+            "nothing can be assembled here: llvmlite is not installed",
+            hint="pip install llvmlite; or ask from a machine that has it, with --host "
+            "(a lab's L1: --host lab:l1): what must run there is sent along",
+        )

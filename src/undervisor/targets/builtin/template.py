@@ -7,31 +7,31 @@ copy starts within milliseconds.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import multiprocessing
+import gc
 import os
+import pickle
 import select
 import signal
 import socket
-import struct
+import subprocess
+import sys
 import threading
-from multiprocessing.context import ForkServerContext
 from typing import Final
 
 from undervisor.errors import SiliconDied, UndervisorError
 from undervisor.hypervisor import models
 from undervisor.hypervisor.machine import Machine
 from undervisor.hypervisor.verdict import Ending, Outcome
-from undervisor.orphans import die_with
 from undervisor.targets import End, How, Job
+from undervisor.targets.builtin import forks
 from undervisor.targets.builtin.machine import build, how_it_ended
 
 PIECE: Final = 1 << 16
 PROMPT_TIME: Final = 10.0
 """Seconds that a template's guest has to come to its prompt."""
 _GRACE: Final = 5.0
-_START, _REAP = b"start", b"reap"
-_PID, _STATUS = struct.Struct("<q"), struct.Struct("<i")
 _GOES_ON: Final = frozenset({Ending.STOPPED, Ending.TIMEOUT})
 
 
@@ -85,9 +85,8 @@ class Wire:
 # -- the template's process ---------------------------------------------------------------------
 
 
-def serve(job: Job, cpu: str, quirks: tuple[str, ...], control: socket.socket) -> None:
+def live(job: Job, cpu: str, quirks: tuple[str, ...], control: socket.socket) -> None:
     """A template's whole life: build, come to the prompt, copy itself until nobody asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     wire = Wire()
     machine: Machine | None = None
     early: Outcome | UndervisorError | None = None
@@ -99,111 +98,103 @@ def serve(job: Job, cpu: str, quirks: tuple[str, ...], control: socket.socket) -
             early = None if outcome.ending in _GOES_ON else outcome
     except UndervisorError as error:
         early = error
-    while True:
-        asked, handles, _, _ = socket.recv_fds(control, len(_REAP) + _PID.size, 2)
-        if asked == _START:
-            _copy(machine, wire, early, control, handles)
-        elif asked.startswith(_REAP):
-            control.sendall(_STATUS.pack(_reap(*_PID.unpack(asked[len(_REAP) :]))))
-        else:
-            os._exit(0)
+    gc.collect()
+    gc.freeze()  # else a copy's first collection would write to every object, and so copy it
+
+    def copy(message: bytes, sockets: list[socket.socket]) -> None:
+        line, answer = sockets
+        wire.connect(line)
+        end = _run(machine, early)
+        words = "\0".join((end.how.name, end.text, str(end.status), end.report))
+        answer.sendall(words.encode(errors="replace"))
+
+    forks.serve(control, copy)
 
 
-def _copy(
-    machine: Machine | None,
-    wire: Wire,
-    early: Outcome | UndervisorError | None,
-    control: socket.socket,
-    handles: list[int],
-) -> None:
-    template, pid = os.getpid(), os.fork()
-    if pid:
-        for handle in handles:
-            os.close(handle)
-        control.sendall(_PID.pack(pid))
-        return
-    die_with(template)
-    control.close()
-    line, answer = (socket.socket(fileno=handle) for handle in handles)
-    wire.connect(line)
-    if isinstance(early, UndervisorError):
-        end = End(How.TARGET_DIED, early.message, report=early.hint)
-    else:
-        end = _live(machine, early)
-    words = "\0".join((end.how.name, end.text, str(end.status), end.report))
-    answer.sendall(words.encode(errors="replace"))
-    os._exit(0)  # nothing here needs tidying that the system does not tidy
-
-
-def _live(machine: Machine | None, early: Outcome | None) -> End:
+def _run(machine: Machine | None, early: Outcome | UndervisorError | None) -> End:
     """A copy's run, from where the template is."""
-    assert machine is not None
     try:
+        if isinstance(early, UndervisorError):
+            raise early
+        assert machine is not None
         return how_it_ended(early or machine.run())
     except UndervisorError as error:
         return End(How.TARGET_DIED, error.message, report=error.hint)
 
 
-def _reap(pid: int) -> int:
-    """Wait for a copy that ends; its status in the convention of `Popen`."""
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except ChildProcessError:
-        return 0
-
-
 # -- its user's side ----------------------------------------------------------------------------
 
 
-def _server() -> ForkServerContext:
-    """Where templates come from: a process that has imported everything and holds no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["undervisor.silicon.warm", "undervisor.targets.builtin", "undervisor.guest.asm"]
-    )
-    return context
+class _Zygote:
+    """The process of `zygote`, started at the first use and again where it is dead."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forks: forks.Forks | None = None
+        self._owner = 0
+
+    def start(self, message: bytes, control: socket.socket) -> tuple[forks.Forks, int]:
+        """A template, and who can tell how it ended."""
+        with self._lock:
+            for again in (False, True):
+                if again or self._forks is None or self._owner != os.getpid():
+                    self._forks, self._owner = _started(), os.getpid()  # a fork has its own
+                with contextlib.suppress(EOFError):
+                    return self._forks, self._forks.start(message, control)
+            self._forks = None
+        raise SiliconDied(
+            "the process that machines come from does not live", hint="what it said is above"
+        )
+
+
+def _started() -> forks.Forks:
+    ours, theirs = socket.socketpair()
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "undervisor.targets.builtin.zygote", str(theirs.fileno())],
+            env=os.environ | {"PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    atexit.register(_end, process, ours)
+    return forks.Forks(ours)
+
+
+def _end(process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    """When we end: the process sees that nobody asks any more."""
+    control.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+
+
+_zygote: Final = _Zygote()
 
 
 class Template:
     """A template's process; it ends with the last reference to this object."""
 
     def __init__(self, job: Job, cpu: str, quirks: tuple[str, ...]) -> None:
-        self._lock = threading.Lock()
-        self._control, theirs = socket.socketpair()
-        self._process = _server().Process(
-            target=serve, args=(job, cpu, quirks, theirs), daemon=True
-        )
+        control, theirs = socket.socketpair()
+        self._copies = forks.Forks(control)
         with theirs:
-            self._process.start()
-
-    def __del__(self) -> None:
-        self._control.close()  # by which the process knows that nobody asks any more
+            message = pickle.dumps((job, cpu, quirks))
+            self._origin, self.pid = _zygote.start(message, theirs)
 
     def start(self, line: socket.socket, answer: socket.socket) -> int:
         """A copy that runs, with these sockets; its process's number.
 
         SiliconDied where the template itself is dead.
         """
-        with self._lock:
-            try:
-                socket.send_fds(self._control, [_START], [line.fileno(), answer.fileno()])
-                reply = self._control.recv(_PID.size)
-            except OSError:
-                reply = b""
-        if len(reply) < _PID.size:
-            self._process.join(_GRACE)
-            raise SiliconDied(f"no machine: {death(self._process.exitcode or 0)}")
-        return int(_PID.unpack(reply)[0])
+        try:
+            return self._copies.start(b"", line, answer)
+        except EOFError:
+            raise SiliconDied(f"no machine: {death(self._origin.reap(self.pid))}") from None
 
     def reap(self, pid: int) -> int:
         """The status of a copy that has ended or ends, in the convention of `Popen`."""
-        with self._lock:
-            try:
-                self._control.sendall(_REAP + _PID.pack(pid))
-                reply = self._control.recv(_STATUS.size)
-            except OSError:
-                reply = b""
-        return int(_STATUS.unpack(reply)[0]) if len(reply) == _STATUS.size else 0
+        return self._copies.reap(pid)
 
 
 def death(status: int) -> str:
