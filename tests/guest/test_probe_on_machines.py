@@ -16,7 +16,7 @@ from undervisor.guest.probe.answers import Fault, Refused, VmxOutcome
 from undervisor.guest.probe.batch import HEADER, Op
 from undervisor.guest.probe.client import Batch, Probe, ProbeSilent
 from undervisor.guest.probe.program import BASE, FREE, USER, Block, program
-from undervisor.guest.probe.protocol import Frame, Kind, Status
+from undervisor.guest.probe.protocol import Kind, Status, request_bytes
 from undervisor.guest.probe.svm_setup import l2_vmcb, svm_on
 from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
 from undervisor.targets import Job
@@ -191,8 +191,8 @@ class TestOnQemu:
         on_qemu.run(batch)
         batch = Batch()
         batch.write(FREE, b"executed")
-        data = bytearray(Frame(Kind.REQUEST, 999, batch.requests[0].data).encode())
-        data[-6] ^= 1
+        data = bytearray(request_bytes(999, batch.requests[0].data))
+        data[20] ^= 1
         on_qemu.stream.send(bytes(data))
         assert ask(on_qemu, Batch.read, FREE, 8) == bytes(8)
 

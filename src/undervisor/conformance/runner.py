@@ -16,13 +16,12 @@ from typing import Final
 from undervisor.conformance.expect import Broken, Lacking
 from undervisor.conformance.lab import Lab
 from undervisor.conformance.places import MEMORY
+from undervisor.conformance.prelude import Earlier, TestsProbe, lab_of
 from undervisor.conformance.suite import GuestTest
-from undervisor.conformance.svm.lab import SvmLab
-from undervisor.conformance.vmx.lab import VmxLab
 from undervisor.errors import BadInput, TimedOut, UndervisorError
 from undervisor.guest.image import Image
 from undervisor.guest.probe.answers import Faulted
-from undervisor.guest.probe.client import Probe, ProbeDied, ProbeSilent
+from undervisor.guest.probe.client import ProbeDied, ProbeSilent
 from undervisor.guest.probe.program import program
 from undervisor.targets import Abilities, End, How, Job, Running, Target
 
@@ -59,13 +58,13 @@ class Result:
     seconds: float = 0.0
 
 
-def run_test(test: GuestTest, target: Target, labs: dict[str, Lab] | None = None) -> Result:
+def run_test(test: GuestTest, target: Target, earlier: Earlier | None = None) -> Result:
     """Boot the probe on `target`, run `test` in its lab, and say what became of it.
 
-    `labs` has, by vendor, an earlier lab on the same target: what it knows is not asked again.
+    `earlier` has what tests before it on the same target have found out, and gets what it finds.
     """
     begin = time.monotonic()
-    result = _missing(test, target) or _run(test, target, {} if labs is None else labs)
+    result = _missing(test, target) or _run(test, target, earlier or Earlier())
     return replace(result, seconds=time.monotonic() - begin)
 
 
@@ -84,9 +83,9 @@ def run_all(
     results that there are.
     """
     most = min(jobs or os.cpu_count() or 1, target.abilities.at_once)
-    watched, labs = _Watched(target), dict[str, Lab]()
+    watched, earlier = _Watched(target), Earlier()
     with ThreadPoolExecutor(max_workers=max(1, most)) as pool:
-        futures = [pool.submit(run_test, test, watched, labs) for test in tests]
+        futures = [pool.submit(run_test, test, watched, earlier) for test in tests]
         try:
             for future in as_completed(futures):
                 seen(future.result())
@@ -136,22 +135,10 @@ class _Watched:
 @contextmanager
 def lab_on(target: Target, vendor: str, cpus: int = 1, seconds: float = 20.0) -> Iterator[Lab]:
     """A lab in VMX operation or with SVM enabled, on a machine of its own."""
-    with target.start(_job(cpus)) as running, _limited(running, seconds) as probe:
-        yield _lab(vendor, probe, {})
-
-
-def _lab(vendor: str, probe: Probe, labs: dict[str, Lab]) -> VmxLab | SvmLab:
-    """A lab that is on; it asks the processor only what no earlier one knows."""
-    earlier = labs.get(vendor)
-    lab: VmxLab | SvmLab
-    if vendor == "vmx":
-        lab = VmxLab(probe)
-        lab.on(earlier if isinstance(earlier, VmxLab) else None)
-    else:
-        lab = SvmLab(probe)
-        lab.on(earlier if isinstance(earlier, SvmLab) else None)
-    labs.setdefault(vendor, lab)
-    return lab
+    with target.start(_job(cpus)) as running:
+        probe = TestsProbe(running, time.monotonic() + seconds)
+        probe.wait_for_hello()
+        yield lab_of(vendor, probe, Earlier(), copies=False)
 
 
 @lru_cache(maxsize=1)
@@ -159,33 +146,8 @@ def _image() -> Image:
     return Image.parse(program().elf, "probe")
 
 
-def _job(cpus: int) -> Job:
-    return Job(_image(), cpus=cpus, memory=MEMORY, prompt=True)
-
-
-@contextmanager
-def _limited(running: Running, seconds: float) -> Iterator[Probe]:
-    """The probe of a started machine, all of whose answers come before the time is up."""
-    probe = _Probe(running, time.monotonic() + seconds)
-    probe.wait_for_hello()
-    yield probe
-
-
-class _Probe(Probe):
-    """A probe with one limit for all that is asked of it."""
-
-    def __init__(self, running: Running, deadline: float) -> None:
-        super().__init__(running)
-        self._deadline = deadline
-
-    @property
-    def answer_time(self) -> float:
-        """What is left of the time."""
-        return max(0.01, self._deadline - time.monotonic())
-
-    @answer_time.setter
-    def answer_time(self, value: float) -> None:
-        """The limit is the test's."""
+def _job(cpus: int, prelude: bytes = b"") -> Job:
+    return Job(_image(), cpus=cpus, memory=MEMORY, prompt=True, prelude=prelude)
 
 
 def _missing(test: GuestTest, target: Target) -> Result | None:
@@ -199,20 +161,23 @@ def _missing(test: GuestTest, target: Target) -> Result | None:
     return None
 
 
-def _run(test: GuestTest, target: Target, labs: dict[str, Lab]) -> Result:
+def _run(test: GuestTest, target: Target, earlier: Earlier) -> Result:
     limit = test.seconds * target.abilities.patience
+    copies = target.abilities.copies
+    prelude = earlier.preludes.get(test.vendor, b"") if copies else b""
     try:
-        running = target.start(_job(test.cpus))
+        running = target.start(_job(test.cpus, prelude))
     except UndervisorError as error:
         return Result(test, target.name, Verdict.TARGET_DIED, error.message, error.hint)
     with running:
         try:
-            with _limited(running, limit) as probe:
-                lab = _lab(test.vendor, probe, labs)
-                for need in test.needs:
-                    if not need.present(lab):
-                        raise Lacking(f"the processor has not {need.name}")
-                test.run(lab)
+            probe = TestsProbe(running, time.monotonic() + limit, prelude)
+            probe.wait_for_hello()
+            lab = lab_of(test.vendor, probe, earlier, copies=copies)
+            for need in test.needs:
+                if not need.present(lab):
+                    raise Lacking(f"the processor has not {need.name}")
+            test.run(lab)
         except BadInput:
             raise
         except Exception as error:  # every way to fail becomes a verdict

@@ -234,3 +234,4 @@ class Platform:
             rows.append((0x0E9, 1, DebugConsole(self.console.put), BYTE_ONLY))
         for first, count, device, byte_only in rows:
             self.ports.register(first, count, device, byte_only=byte_only)
+        self.ports.queues[0x3F8] = self.serial

@@ -29,7 +29,8 @@ class Job:
     """What to start: an image, its command line and modules, and the machine's size.
 
     `prompt`: the image is known to say something and to wait for an answer soon; a target may
-    start its machines there.
+    start its machines there.  `prelude`: what such an image has been sent when its machine starts,
+    all its answers to that waiting on the line; only where the target's machines are copies.
     """
 
     image: Image
@@ -38,6 +39,7 @@ class Job:
     append: str = ""
     modules: tuple[Module, ...] = ()
     prompt: bool = False
+    prelude: bytes = b""
 
     def place(self, rsdp: int = 0) -> Placement:
         """Where everything goes; BadInput where it does not fit. `rsdp`: the ACPI root pointer."""
@@ -73,7 +75,8 @@ class Abilities:
     """What a target can do; a test that needs more is skipped and says why.
 
     `at_once`: machines that may run at the same time.  `patience`: how many times longer than the
-    built-in L0 it may take.
+    built-in L0 it may take.  `copies`: its machines are copies of one that has come as far as the
+    job says, so that a prelude costs nothing.
     """
 
     vendors: frozenset[str] = frozenset()
@@ -81,6 +84,7 @@ class Abilities:
     features: frozenset[str] = field(default_factory=frozenset)
     at_once: int = 64
     patience: float = 1.0
+    copies: bool = False
 
 
 class Running(Protocol):

@@ -77,6 +77,8 @@ class SvmLab(Lab):
         )
         vmcb.set_segment(VmcbField.TR_SELECTOR, Segment(TR, places.tss, 0x67, BUSY_TSS))
         vmcb.set_segment(VmcbField.LDTR_SELECTOR, Segment(0, 0, 0, LDT))
+        self._send(self._waiting, bytearray(vmcb.b))
+        self._there = bytearray(vmcb.b)
 
     def _ask(self, l1: L1State) -> SvmFacts:
         leaf = self.l1.cpuid(LEAF_SVM).value

@@ -30,6 +30,7 @@ from undervisor.conformance.places import CS64, DS, TR
 from undervisor.conformance.vmx.run import Run
 from undervisor.guest.probe.answers import Answer, L2Run, VmxResult
 from undervisor.guest.probe.client import Batch, Probe
+from undervisor.guest.probe.vmx import rows_of
 from undervisor.guest.probe.vmx_setup import VmxFacts, l2_fields, vmx_on
 
 Changes = dict[Any, int]
@@ -78,10 +79,10 @@ class VmxLab(Lab):
         self.known: frozenset[F] = frozenset()
         self.facts: VmxFacts
         self.fields: dict[int, int] = {}
+        self.usual: list[F] = []
         self._launched = False
         self._touched: set[int] = set()  # what a run has changed, and so the next one writes
         self._resident: tuple[tuple[int, int], ...] = ()  # `fields` as they are in memory
-        self._usual_there = False
 
     def on(self, like: VmxLab | None = None) -> None:
         """Enter VMX operation, make a VMCS current, and lay out an L2.
@@ -109,6 +110,10 @@ class VmxLab(Lab):
         }
         fields |= dict.fromkeys((F.GUEST_ES_SELECTOR, F.GUEST_SS_SELECTOR, F.GUEST_DS_SELECTOR), DS)
         self.fields = {f: v for f, v in fields.items() if f in self.known}
+        self.usual = [f for f in (*EXIT_FIELDS, *SAVED) if f in self.known]
+        self.write(places.scratch + RESIDENT, rows_of(self.fields))
+        self.write_u32(places.scratch + USUAL, *self.usual)
+        self._resident = tuple(self.fields.items())
 
     def _find_fields(self) -> frozenset[F]:
         with self.batch() as batch:
@@ -305,9 +310,7 @@ class VmxLab(Lab):
         """Add to `batch`: VM entry, and VMREADs of what a test looks at."""
         scratch = self.places.scratch
         answer: Answer[L2Run] = batch.vmx_run(registers, resume=resume)
-        usual = [f for f in (*EXIT_FIELDS, *SAVED) if f in self.known]
-        fields = [batch.vmreads(usual, scratch + USUAL, there=self._usual_there)]
-        self._usual_there = True
+        fields = [batch.vmreads(self.usual, scratch + USUAL, there=True)]
         if asked := [f for f in reads if f in self.known]:
             fields.append(batch.vmreads(asked, scratch))
         return Run(answer, fields, self.vector_of, start or self.fields[F.GUEST_RIP])

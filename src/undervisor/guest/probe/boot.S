@@ -19,7 +19,6 @@
 .set C_REQUEST_SIZE, 0x24
 .set C_RESPONSE_SIZE, 0x28
 .set C_LAST, 0x2c                   # the request that C_RESPONSE answers
-.set C_HEADER, 0x30
 .set C_RESUME, 0x40                 # 256 bits: vectors that are counted instead of reported
 .set C_GPRS, 0x80                   # 16 registers in encoding order, RFLAGS in RSP's place
 .set C_FAULT, 0x100                 # vector, error code, RIP, CS, RSP, CR2
@@ -38,11 +37,10 @@
 .set IST3, 0x5000
 .set IST4, 0x5800
 .set IST5, 0x6800
-.set C_STACK, 0x8000
-.set C_REQUEST, 0x8000
+.set C_STACK, 0x7fe0
+.set C_HEADER, 0x7ff0               # as it came: sync, sequence | kind << 16, size, check
+.set C_REQUEST, 0x8000              # and the payload behind it
 .set C_RESPONSE, 0x10000
-.set REQUEST_MOST, 0x8000
-.set RESPONSE_MOST, 0x10000
 
 .code32
     .long 0x1badb002, 0, -0x1badb002

@@ -22,7 +22,14 @@ from undervisor.guest.multiboot import BOOT_MAGIC
 from undervisor.guest.probe.batch import NOT_FINISHED, BatchCore, Request, resolve
 from undervisor.guest.probe.l1 import Runner
 from undervisor.guest.probe.program import program
-from undervisor.guest.probe.protocol import MOST_REQUEST, MOST_RESPONSE, Decoder, Frame, Kind
+from undervisor.guest.probe.protocol import (
+    MOST_REQUEST,
+    MOST_RESPONSE,
+    Decoder,
+    Frame,
+    Kind,
+    request_bytes,
+)
 from undervisor.guest.probe.svm import SvmOps
 from undervisor.guest.probe.vmx import VmxOps
 
@@ -147,7 +154,7 @@ class Probe:
 
     def _ask(self, payload: bytes, timeout: float) -> bytes:
         self._sequence = (self._sequence + 1) % (1 << 16)
-        data = Frame(Kind.REQUEST, self._sequence, payload).encode()
+        data = request_bytes(self._sequence, payload)
         for _ in range(TRIES):
             self._send(data)
             frame = self._await(Kind.RESPONSE, timeout)

@@ -14,7 +14,14 @@ from importlib.resources import files
 from undervisor.guest.asm import Code, assemble
 from undervisor.guest.elf_writer import note, write_elf
 from undervisor.guest.placement import Segment
-from undervisor.guest.probe.protocol import SYNC, Kind, Status
+from undervisor.guest.probe.protocol import (
+    BURST,
+    MOST_REQUEST,
+    MOST_RESPONSE,
+    SYNC,
+    Kind,
+    Status,
+)
 from undervisor.guest.pvh import NOTE_OWNER, PHYS32_ENTRY
 
 SOURCES = ("boot.S", "faults.S", "serial.S", "interpreter.S", "ap.S", "library.S")
@@ -95,6 +102,7 @@ def program() -> Program:
     symbols = {f"KIND_{kind.name}": int(kind) for kind in Kind}
     symbols |= {f"STATUS_{status.name}": int(status) for status in Status}
     symbols |= {"BUILD": build, "SYNC": SYNC, "BLOCKS": BLOCKS, "USER": USER}
+    symbols |= {"BURST": BURST, "REQUEST_MOST": MOST_REQUEST, "RESPONSE_MOST": MOST_RESPONSE}
     code = assemble(source, BASE, symbols | {"MAX_CPUS": MOST_PROCESSORS})
     start = code.labels["start"]
     entry = note(NOTE_OWNER, PHYS32_ENTRY, start.to_bytes(4, "little"))

@@ -1,8 +1,7 @@
 # Frames over COM1 at 3F8H, polled.  Header: sync, sequence | kind << 16, length, check of both;
-# then the payload and its Adler-32.
+# then the payload and its Adler-32.  A request is filled up to a multiple of BURST bytes.
 
 .set COM1, 0x3f8
-.set BURST, 14
 .set IN_FRAME_POLLS, 1000000        # a frame that stops half way is given up
 
 serial_start:
@@ -62,12 +61,12 @@ burst_ready:                        # ZF where at least BURST bytes are there
     cmp $4, %al
     ret
 
-# A byte in al; CF where r9d polls brought none (r9d = 0: wait for ever).
-get_byte:
+# Waits for a byte; CF where r9d polls brought none (r9d = 0: wait for ever).
+wait_byte:
     mov %r9d, %r10d
 1:  mov $(COM1 + 5), %dx
     in %dx, %al
-    test $1, %al
+    test $1, %al                    # clears CF
     jnz 2f
     pause
     dec %r10d
@@ -75,34 +74,42 @@ get_byte:
     test %r9d, %r9d
     jz 1b
     stc
-    ret
-2:  mov $COM1, %dx
+2:  ret
+
+# A byte to rdi; CF as above.
+get_byte:
+    call wait_byte
+    jc 1f
+    mov $COM1, %dx
     in %dx, %al
-    clc
-    ret
+    stosb                           # CF as it is
+1:  ret
 
 # ecx bytes to rdi; CF as above.
 get_bytes:
-    jrcxz 3f
+    jrcxz 5f
 1:  cmp $BURST, %ecx
-    jb 2f
+    jb 3f
     cmpb $0, in_bursts
-    je 2f
+    je 3f
     call burst_ready
-    jne 2f
-    sub $BURST, %ecx
+    je 2f
+    call wait_byte
+    jc 4f
+    call burst_ready
+    jne 3f
+2:  sub $BURST, %ecx
     push %rcx
     mov $COM1, %dx
     mov $BURST, %ecx
     rep insb
     pop %rcx
     jmp get_bytes
-2:  call get_byte
+3:  call get_byte
     jc 4f
-    stosb
     dec %ecx
     jnz 1b
-3:  clc
+5:  clc
 4:  ret
 
 # ecx bytes from rsi; the transmitter takes 16 when it is empty.
@@ -149,7 +156,7 @@ send_frame:
     push %rsi
     push %rcx
     shl $16, %eax
-    movzwl C_HEADER(%r12), %edx
+    movzwl C_HEADER + 4(%r12), %edx
     or %edx, %eax
     mov %eax, frame + 4
     mov %ecx, frame + 8
@@ -183,47 +190,55 @@ serve:
     call send_frame
 next_request:
     lea C_STACK(%r12), %rsp
-    xor %ebx, %ebx
     xor %r9d, %r9d
-1:  call get_byte
-    shr $8, %ebx
-    movzbl %al, %eax
-    shl $24, %eax
-    or %eax, %ebx
-    cmp $SYNC, %ebx
-    jne 1b
+    call wait_byte
     mov $IN_FRAME_POLLS, %r9d
     lea C_HEADER(%r12), %rdi
-    mov $12, %ecx
+    mov $BURST, %ecx
     call get_bytes
     jc nak
-    mov C_HEADER(%r12), %eax
-    mov C_HEADER + 4(%r12), %ecx
+1:  cmpl $SYNC, C_HEADER(%r12)
+    je 2f
+    lea C_HEADER(%r12), %rdi        # not at the beginning of a frame: one byte on
+    lea 1(%rdi), %rsi
+    mov $(BURST - 1), %ecx
+    rep movsb
+    call get_byte
+    jc nak
+    jmp 1b
+2:  mov $BURST, %ecx                # the rest of the header is there then
+    call get_bytes
+    jc nak
+    mov C_HEADER + 4(%r12), %eax
+    mov C_HEADER + 8(%r12), %ecx
     mov %ecx, %edx
     rol $7, %edx
     xor %edx, %eax
     not %eax
-    cmp %eax, C_HEADER + 8(%r12)
+    cmp %eax, C_HEADER + 12(%r12)
     jne nak
     cmp $REQUEST_MOST, %ecx
     ja nak
-    lea C_REQUEST(%r12), %rdi
+    lea (16 + 4 + BURST - 1)(%rcx), %eax
+    xor %edx, %edx
+    mov $BURST, %ecx
+    div %ecx
+    mul %ecx
+    mov %eax, %ecx
+    sub $(2 * BURST), %ecx
+    jbe 3f
     call get_bytes
     jc nak
-    mov $frame, %edi
-    mov $4, %ecx
-    call get_bytes
-    jc nak
-    lea C_REQUEST(%r12), %rsi
-    mov C_HEADER + 4(%r12), %ecx
+3:  lea C_REQUEST(%r12), %rsi
+    mov C_HEADER + 8(%r12), %ecx
     call adler
-    cmp %eax, frame
+    cmp %eax, (%rsi)
     jne nak
-    movzwl C_HEADER(%r12), %eax
+    movzwl C_HEADER + 4(%r12), %eax
     cmp C_LAST(%r12), %eax          # asked again: the answer was lost, not the request
     je 2f
     mov %eax, C_LAST(%r12)
-    mov C_HEADER + 4(%r12), %ecx
+    mov C_HEADER + 8(%r12), %ecx
     call interpret
 2:  lea C_RESPONSE(%r12), %rsi
     mov C_RESPONSE_SIZE(%r12), %ecx

@@ -54,7 +54,7 @@ class VmxOps(BatchCore):
         `scratch` is memory for 12 bytes each; `there`: the same fields were written from it before.
         """
         if not there:
-            self.write(scratch, b"".join(struct.pack("<IQ", *row) for row in fields.items()))
+            self.write(scratch, rows_of(fields))
         total = len(fields)
         return self.call(
             "vmwrites",
@@ -126,3 +126,8 @@ class VmxOps(BatchCore):
         return self.call(
             name, registers, ALL, lambda r: L2Run(VmxResult.of(r), r.registers), "L2 run"
         )
+
+
+def rows_of(fields: Mapping[int, int]) -> bytes:
+    """Fields and values as `vmwrites` takes them from memory."""
+    return b"".join(struct.pack("<IQ", *row) for row in fields.items())

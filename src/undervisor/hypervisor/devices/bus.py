@@ -25,6 +25,16 @@ class Device(Protocol):
         """Take the value."""
 
 
+class Queue(Protocol):
+    """A device whose first port is a queue of bytes: a string instruction moves many at once."""
+
+    def read_all(self, count: int) -> bytes:
+        """The port read `count` times in a row."""
+
+    def write_all(self, data: bytes) -> None:
+        """The port written with each byte in a row."""
+
+
 class GuestMemory(Protocol):
     """The guest's RAM by guest-physical address, for devices that do DMA."""
 
@@ -54,10 +64,12 @@ def all_ones(size: int) -> int:
 class PortBus:
     """I/O ports.  A byte-only device sees a wider access as bytes at successive ports."""
 
-    __slots__ = ("_ports",)
+    __slots__ = ("_ports", "queues")
 
     def __init__(self) -> None:
         self._ports: dict[int, tuple[Device, int, bool]] = {}
+        self.queues: dict[int, Queue] = {}
+        """Byte-wide ports that are queues."""
 
     def register(self, first: int, count: int, device: Device, *, byte_only: bool = False) -> None:
         """Let `device` answer ports `first` to `first + count - 1`.

@@ -19,7 +19,7 @@ LAST_LATCHED = 1  # DLAB replaces registers 0 and 1
 # Interrupt identification codes, highest priority first ("Interrupt Control Functions").
 LINE_ERROR, DATA_READY, TIMEOUT, TRANSMITTER_EMPTY, MODEM, NOTHING = 6, 4, 0xC, 2, 0, 1
 FIFOS_ON = 0xC0
-STARVED_POLLS = 64
+STARVED_POLLS = 8
 
 
 class Input(Protocol):

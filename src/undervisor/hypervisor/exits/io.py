@@ -16,6 +16,7 @@ from undervisor.silicon.layout import Env
 from undervisor.silicon.memory import PAGE
 
 if TYPE_CHECKING:
+    from undervisor.hypervisor.devices.bus import Queue
     from undervisor.hypervisor.vcpu import Vcpu
 
 _INS: Final = (Code.INSB_M8_DX, Code.INSW_M16_DX, Code.INSD_M32_DX)
@@ -147,6 +148,9 @@ def _block(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in:
     if hpa is None:
         return False
     done = 0
+    if size == 1 and port in ports.queues:
+        _move(vcpu, ports.queues[port], hpa, count, is_in)
+        done = count
     while done < count and not (done and vcpu.attention):
         at = hpa + done * size
         if is_in:
@@ -158,6 +162,14 @@ def _block(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in:
     q[1] -= done
     q[index] = q[index] + done * size & _MASK64
     return True
+
+
+def _move(vcpu: Vcpu, queue: Queue, hpa: int, count: int, is_in: bool) -> None:
+    """All bytes between a queue and memory."""
+    if is_in:
+        vcpu.memory.write(hpa, queue.read_all(count))
+    else:
+        queue.write_all(vcpu.memory.read(hpa, count))
 
 
 def _iterate(vcpu: Vcpu, decoded: decode.Instruction, port: int, size: int, is_in: bool) -> None:

@@ -20,7 +20,7 @@ from undervisor.targets.builtin.template import Template
 
 __all__ = ["BuiltinRunning", "BuiltinTarget", "build"]
 
-_MOST_TEMPLATES: Final = 4
+_MOST_TEMPLATES: Final = 8
 
 
 class BuiltinTarget:
@@ -38,7 +38,7 @@ class BuiltinTarget:
     def abilities(self) -> Abilities:
         """What its CPU model has."""
         extension = {name for name in ("vmx", "svm") if self.model.has(name)}
-        return Abilities(frozenset(extension), MAX_CPUS, self.model.features)
+        return Abilities(frozenset(extension), MAX_CPUS, self.model.features, copies=True)
 
     def start(self, job: Job) -> BuiltinRunning:
         """Start an image in a process of its own: a copy of the job's template.

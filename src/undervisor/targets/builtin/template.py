@@ -32,14 +32,19 @@ PIECE: Final = 1 << 16
 PROMPT_TIME: Final = 10.0
 """Seconds that a template's guest has to come to its prompt."""
 _GRACE: Final = 5.0
+_LOOK: Final = 0.001
 _GOES_ON: Final = frozenset({Ending.STOPPED, Ending.TIMEOUT})
 
 
 class Wire:
-    """The guest's serial line: nobody's while the template runs, then a socket's."""
+    """The guest's serial line: nobody's while the template runs, then a socket's.
 
-    def __init__(self) -> None:
+    `prelude` is what the template's guest is sent at its first prompt.
+    """
+
+    def __init__(self, prelude: bytes) -> None:
         self.machine: Machine | None = None
+        self._prelude = prelude
         self._said = bytearray()
         self._socket: socket.socket | None = None
 
@@ -57,10 +62,14 @@ class Wire:
             self._socket.sendall(data)
 
     def poll(self) -> bytes:
-        """Input that is there; a template's guest that has said something is at its prompt."""
+        """Input that is there; a template's guest that has said something is at its prompt.
+
+        A guest that looks again and again has nothing else to do: this waits a little, so that
+        machines which wait for their user leave the processors to him.
+        """
         if self._socket is None:
             return self._at_prompt() if self._said else b""
-        return self._take(self._socket, 0)
+        return self._take(self._socket, _LOOK)
 
     def wait(self) -> bytes:
         """Input, waiting for it; empty when the other side is gone."""
@@ -70,8 +79,10 @@ class Wire:
 
     def _at_prompt(self) -> bytes:
         assert self.machine is not None
-        self.machine.request_stop()
-        return b""
+        data, self._prelude = self._prelude, b""
+        if not data:
+            self.machine.request_stop()
+        return data
 
     @staticmethod
     def _take(line: socket.socket, timeout: float | None) -> bytes:
@@ -87,7 +98,7 @@ class Wire:
 
 def live(job: Job, cpu: str, quirks: tuple[str, ...], control: socket.socket) -> None:
     """A template's whole life: build, come to the prompt, copy itself until nobody asks."""
-    wire = Wire()
+    wire = Wire(job.prelude)
     machine: Machine | None = None
     early: Outcome | UndervisorError | None = None
     try:
