@@ -8,6 +8,7 @@ import signal
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with(parent: int) -> None:
@@ -16,6 +17,6 @@ def die_with(parent: int) -> None:
     `parent` is its process number, taken before the fork.  A parent that died before the kernel
     knew is found out here, and the process ends.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -53,7 +53,7 @@ class Effort:
 
 
 # Which peers run a vendor's test, and the share of their time that ours may take.
-TEST_LIMITS: Final = {"svm": {"qemu": 0.5, "bochs": 0.5}, "vmx": {"bochs": 0.5}}
+TEST_LIMITS: Final = {"svm": {"qemu": 0.5, "bochs": 0.1}, "vmx": {"bochs": 0.1}}
 
 QUICK: Final = Effort(1_000, 500_000, 30_000, 5, 5_000, 2, 3, 0.2)
 FULL: Final = Effort(2_000, 2_000_000, 100_000, 7, 10_000, 5, 7, 1.0)

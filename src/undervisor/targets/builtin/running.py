@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
-import signal
 import socket
 import time
 from types import TracebackType
@@ -30,7 +27,7 @@ class BuiltinRunning:
                 self._answer.close()
                 raise
         self._end: End | None = None
-        self._stopped = self._reaped = False
+        self._stopped = False
 
     def send(self, data: bytes) -> None:
         """All of `data` to the guest's serial port."""
@@ -68,7 +65,7 @@ class BuiltinRunning:
         data = b""
         while piece := self._answer.recv(PIECE):
             data += piece
-        status = self._reap()
+        status = self._template.reap(self.pid)
         if data:
             how, text, number, report = data.decode(errors="replace").split("\0", 3)
             return End(How[how], text, int(number), report)
@@ -76,19 +73,10 @@ class BuiltinRunning:
             return End(How.STOPPED, "stopped by the caller")
         return End(How.TARGET_DIED, death(status))
 
-    def _reap(self) -> int:
-        """Until then the process's number is nobody else's."""
-        if self._reaped:
-            return 0
-        self._reaped = True
-        return self._template.reap(self.pid)
-
     def stop(self) -> None:
         """End it now."""
         self._stopped = True
-        if not self._reaped:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        self._template.kill(self.pid)
 
     def __enter__(self) -> BuiltinRunning:
         return self
@@ -101,6 +89,5 @@ class BuiltinRunning:
     ) -> None:
         if self._end is None:
             self.stop()
-        self._reap()
         self._line.close()
         self._answer.close()

@@ -203,6 +203,10 @@ class Template:
         except EOFError:
             raise SiliconDied(f"no machine: {death(self._origin.reap(self.pid))}") from None
 
+    def kill(self, pid: int) -> None:
+        """End a copy now, unless it has ended."""
+        self._copies.kill(pid)
+
     def reap(self, pid: int) -> int:
         """The status of a copy that has ended or ends, in the convention of `Popen`."""
         return self._copies.reap(pid)

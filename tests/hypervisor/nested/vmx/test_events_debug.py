@@ -145,10 +145,10 @@ def test_the_preemption_timer_loses_no_single_step(lab):
     timer = lab.pin(preemption_timer=1)
     run = lab.run("0: wbinvd; jmp 0b", timer | STEPPING | {F.PREEMPTION_TIMER_VALUE: 1})
     places = set()
-    for index in range(60):
+    for index in range(200):  # enough for every phase of L2's loop
         assert run.reason is R.PREEMPTION_TIMER_EXPIRED
         places.add(run[F.GUEST_RIP])
-        value = {F.PREEMPTION_TIMER_VALUE: (2000 + 37 * index) >> shift}
+        value = {F.PREEMPTION_TIMER_VALUE: (2000 + 997 * index) >> shift}
         run = lab.resume(value, run.registers)
     assert len(places) > 1  # at a handler's start, where an exit ended, and inside it
     lab.memory.write(IDT + 16, before)
