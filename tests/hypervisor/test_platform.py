@@ -4,8 +4,8 @@ import struct
 import pytest
 
 from undervisor.arch.x86.events import GuestFault
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.ends import EndOfRun, EndReason
+from undervisor.devices.clock import Clock
+from undervisor.devices.ends import EndOfRun, EndReason
 from undervisor.hypervisor.platform import Features, Platform
 
 MIB = 1 << 20

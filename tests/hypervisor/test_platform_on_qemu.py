@@ -10,10 +10,10 @@ import subprocess
 
 import pytest
 
+from undervisor.devices.clock import Clock
 from undervisor.guest.asm import assemble
 from undervisor.guest.elf_writer import write_elf
 from undervisor.guest.placement import Segment
-from undervisor.hypervisor.devices.clock import Clock
 from undervisor.hypervisor.platform import Platform
 
 pytestmark = [

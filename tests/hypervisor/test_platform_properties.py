@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undervisor.arch.x86.events import GuestFault
-from undervisor.hypervisor.devices.clock import Clock
+from undervisor.devices.clock import Clock
 from undervisor.hypervisor.platform import Platform
 
 MIB = 1 << 20

@@ -16,10 +16,10 @@ from undervisor.arch.svm.intercepts import intercept_mask
 from undervisor.arch.x86.boot import BootState
 from undervisor.arch.x86.cpuid import Vendor
 from undervisor.arch.x86.events import EventType, Fault, GuestFault, combine
+from undervisor.devices.clock import Clock
+from undervisor.devices.ends import EndOfRun
+from undervisor.devices.serial import Input
 from undervisor.hypervisor import decode, events, intercepts
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.ends import EndOfRun
-from undervisor.hypervisor.devices.serial import Input
 from undervisor.hypervisor.exit import DURING_DELIVERY, Exit
 from undervisor.hypervisor.exits import EXITS
 from undervisor.hypervisor.models import CpuModel

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from undervisor.hypervisor.devices import acpi, firmware, ioapic
-from undervisor.hypervisor.devices.board import (
+from undervisor.devices import acpi, firmware, ioapic
+from undervisor.devices.board import (
     FastA20,
     Keyboard,
     Pci,
@@ -16,18 +16,18 @@ from undervisor.hypervisor.devices.board import (
     Vga,
     VideoMemory,
 )
-from undervisor.hypervisor.devices.bus import Device, GuestMemory, MmioBus, PortBus, Registers
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.ends import DebugConsole, DebugExit, OnEnd, ShutdownPort
-from undervisor.hypervisor.devices.fwcfg import FwCfg, standard_files, standard_items
-from undervisor.hypervisor.devices.interrupts import InterruptBus, InterruptSink
-from undervisor.hypervisor.devices.ioapic import IoApic
-from undervisor.hypervisor.devices.lapic import Lapic
-from undervisor.hypervisor.devices.output import Output
-from undervisor.hypervisor.devices.pic import Pic
-from undervisor.hypervisor.devices.pit import Pit
-from undervisor.hypervisor.devices.rtc import Rtc
-from undervisor.hypervisor.devices.serial import Input, Serial
+from undervisor.devices.bus import Device, GuestMemory, MmioBus, PortBus, Registers
+from undervisor.devices.clock import Clock
+from undervisor.devices.ends import DebugConsole, DebugExit, OnEnd, ShutdownPort
+from undervisor.devices.fwcfg import FwCfg, standard_files, standard_items
+from undervisor.devices.interrupts import InterruptBus, InterruptSink
+from undervisor.devices.ioapic import IoApic
+from undervisor.devices.lapic import Lapic
+from undervisor.devices.output import Output
+from undervisor.devices.pic import Pic
+from undervisor.devices.pit import Pit
+from undervisor.devices.rtc import Rtc
+from undervisor.devices.serial import Input, Serial
 
 TIMER_IRQ, SERIAL_IRQ, RTC_IRQ = 0, 4, 8
 TIMER_PIN: Final = 2  # where ISA's IRQ 0 enters the I/O APIC

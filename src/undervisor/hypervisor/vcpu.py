@@ -42,7 +42,7 @@ from undervisor.silicon.processor import RESUME as RUN_ON
 from undervisor.silicon.processor import SiliconVmcb
 
 if TYPE_CHECKING:
-    from undervisor.hypervisor.devices.lapic import Lapic
+    from undervisor.devices.lapic import Lapic
     from undervisor.hypervisor.exit import Exit
     from undervisor.hypervisor.machine import Machine
     from undervisor.hypervisor.nested import Handler, Nested

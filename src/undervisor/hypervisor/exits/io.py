@@ -16,7 +16,7 @@ from undervisor.silicon.layout import Env
 from undervisor.silicon.memory import PAGE
 
 if TYPE_CHECKING:
-    from undervisor.hypervisor.devices.bus import Queue
+    from undervisor.devices.bus import Queue
     from undervisor.hypervisor.vcpu import Vcpu
 
 _INS: Final = (Code.INSB_M8_DX, Code.INSW_M16_DX, Code.INSD_M32_DX)

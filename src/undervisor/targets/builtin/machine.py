@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from undervisor.devices.serial import Input
 from undervisor.hypervisor import models
-from undervisor.hypervisor.devices.serial import Input
 from undervisor.hypervisor.machine import Machine
 from undervisor.hypervisor.trace import NO_TRACE, Tracer
 from undervisor.hypervisor.verdict import Ending, Outcome

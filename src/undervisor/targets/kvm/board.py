@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Final
 
 from undervisor.arch.kvm import COALESCED_ENTRY, COALESCED_RING, EXIT_AT, EXIT_IO, EXIT_MMIO
-from undervisor.hypervisor.devices.board import FastA20, Keyboard, ResetControl
-from undervisor.hypervisor.devices.bus import Device, PortBus, Registers
-from undervisor.hypervisor.devices.ends import DebugExit, OnEnd, ShutdownPort
-from undervisor.hypervisor.devices.serial import Serial
+from undervisor.devices.board import FastA20, Keyboard, ResetControl
+from undervisor.devices.bus import Device, PortBus, Registers
+from undervisor.devices.ends import DebugExit, OnEnd, ShutdownPort
+from undervisor.devices.serial import Serial
 from undervisor.targets.kvm.vcpu import Vcpu
 from undervisor.targets.kvm.vm import Vm
 

@@ -14,8 +14,8 @@ from undervisor.arch.kvm import (
     SUBERRORS,
     Exit,
 )
+from undervisor.devices.ends import EndOfRun
 from undervisor.errors import BadInput, TimedOut
-from undervisor.hypervisor.devices.ends import EndOfRun
 from undervisor.targets import End, How
 from undervisor.targets.kvm.board import Board
 from undervisor.targets.kvm.device import Calls

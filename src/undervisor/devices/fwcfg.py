@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 from typing import Final
 
 from undervisor.arch.x86.boot import MemoryMap
-from undervisor.hypervisor.devices.bus import GuestMemory, all_ones
+from undervisor.devices.bus import GuestMemory, all_ones
 
 SIGNATURE: Final = b"QEMU"
 DMA_SIGNATURE: Final = int.from_bytes(b"QEMU CFG", "big")

@@ -11,7 +11,7 @@ from typing import Final
 
 from undervisor.arch.bits import Bits, Register
 from undervisor.arch.x86.boot import DEVICE_HOLE, HIGH_RAM
-from undervisor.hypervisor.devices.clock import Clock
+from undervisor.devices.clock import Clock
 
 NS: Final = 1_000_000_000
 POWER_ON: Final = datetime(2026, 1, 1, tzinfo=UTC)

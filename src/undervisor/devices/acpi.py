@@ -9,8 +9,8 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-from undervisor.hypervisor.devices import ioapic
-from undervisor.hypervisor.devices.lapic_layout import DEFAULT_BASE as LAPIC_BASE
+from undervisor.devices import ioapic
+from undervisor.devices.lapic_layout import DEFAULT_BASE as LAPIC_BASE
 
 AREA: Final = 0xE0000
 AREA_END: Final = 0xF0000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from undervisor.hypervisor.devices.bus import all_ones
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.ends import EndOfRun, EndReason, OnEnd
+from undervisor.devices.bus import all_ones
+from undervisor.devices.clock import Clock
+from undervisor.devices.ends import EndOfRun, EndReason, OnEnd
 
 NS: Final = 1_000_000_000
 PM_TIMER_FREQUENCY: Final = 3_579_545

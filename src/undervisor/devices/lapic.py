@@ -10,14 +10,14 @@ from functools import partial
 from typing import Final
 
 from undervisor.arch.x86.events import GP0, GuestFault
-from undervisor.hypervisor.devices.bus import all_ones
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.interrupts import (
+from undervisor.devices.bus import all_ones
+from undervisor.devices.clock import Clock
+from undervisor.devices.interrupts import (
     ExternalController,
     InterruptBus,
     InterruptSink,
 )
-from undervisor.hypervisor.devices.lapic_layout import (
+from undervisor.devices.lapic_layout import (
     DEFAULT_BASE,
     FIRST_X2APIC_MSR,
     LVT_READ_ONLY,
@@ -35,8 +35,8 @@ from undervisor.hypervisor.devices.lapic_layout import (
     Spurious,
     TimerMode,
 )
-from undervisor.hypervisor.devices.lapic_priority import Priorities
-from undervisor.hypervisor.devices.lapic_timer import LapicTimer
+from undervisor.devices.lapic_priority import Priorities
+from undervisor.devices.lapic_timer import LapicTimer
 
 DELIVERY_MODES: Final = tuple(DeliveryMode)
 TIMER_MODES: Final = tuple(TimerMode)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.interrupts import InterruptBus
-from undervisor.hypervisor.devices.lapic import Lapic
-from undervisor.hypervisor.devices.lapic_layout import Reg
+from undervisor.devices.clock import Clock
+from undervisor.devices.interrupts import InterruptBus
+from undervisor.devices.lapic import Lapic
+from undervisor.devices.lapic_layout import Reg
 
 
 class Time:

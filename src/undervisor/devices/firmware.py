@@ -9,9 +9,9 @@ import struct
 from typing import Final
 
 from undervisor.arch.x86.boot import LOW_RAM_END
-from undervisor.hypervisor.devices import ioapic
-from undervisor.hypervisor.devices.acpi import Placed, checksum
-from undervisor.hypervisor.devices.lapic_layout import DEFAULT_BASE as LAPIC_BASE
+from undervisor.devices import ioapic
+from undervisor.devices.acpi import Placed, checksum
+from undervisor.devices.lapic_layout import DEFAULT_BASE as LAPIC_BASE
 
 MP_POINTER: Final = 0xF0000
 MP_TABLE: Final = 0xF0010

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from undervisor.arch.bits import Bits, Register
-from undervisor.hypervisor.devices.output import Output
+from undervisor.devices.output import Output
 
 FIFO_DEPTH = 16
 TRIGGER_LEVELS = (1, 4, 8, 14)

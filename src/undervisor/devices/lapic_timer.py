@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from undervisor.hypervisor.devices.clock import Clock
-from undervisor.hypervisor.devices.lapic_layout import TimerMode
+from undervisor.devices.clock import Clock
+from undervisor.devices.lapic_layout import TimerMode
 
 # A shorter period would leave the guest no time between two interrupts.
 SHORTEST_PERIOD_NS: Final = 10_000

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from undervisor.hypervisor.devices import firmware
+from undervisor.devices import firmware
 
 LENGTHS = {0: 20, 1: 8, 2: 8, 3: 8, 4: 8}
 

@@ -1,4 +1,4 @@
-from undervisor.hypervisor.devices.clock import STALE_ENTRIES_KEPT
+from undervisor.devices.clock import STALE_ENTRIES_KEPT
 
 
 def test_timers_run_by_deadline_then_by_arming(time):

@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.serial import CONNECTED, Serial
+from undervisor.devices.serial import CONNECTED, Serial
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCRATCH = 0, 1, 2, 2, 3, 4, 5, 6, 7
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Final
 
 from undervisor.arch.bits import Bits, Register
-from undervisor.hypervisor.devices.bus import all_ones
-from undervisor.hypervisor.devices.interrupts import InterruptBus, Message
-from undervisor.hypervisor.devices.lapic_layout import DeliveryMode
+from undervisor.devices.bus import all_ones
+from undervisor.devices.interrupts import InterruptBus, Message
+from undervisor.devices.lapic_layout import DeliveryMode
 
 DEFAULT_BASE: Final = 0xFEC00000
 PINS: Final = 24

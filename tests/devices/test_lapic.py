@@ -1,7 +1,7 @@
 import pytest
 
 from undervisor.arch.x86.events import GP0, GuestFault
-from undervisor.hypervisor.devices.lapic_layout import DeliveryMode, Reg
+from undervisor.devices.lapic_layout import DeliveryMode, Reg
 
 LEVEL_ASSERT = 1 << 14
 LOGICAL = 1 << 11

@@ -1,7 +1,7 @@
 import pytest
 
-from undervisor.hypervisor.devices.ioapic import IoApic
-from undervisor.hypervisor.devices.lapic_layout import DeliveryMode, Reg
+from undervisor.devices.ioapic import IoApic
+from undervisor.devices.lapic_layout import DeliveryMode, Reg
 
 LEVEL, MASK, REMOTE_IRR, LOGICAL = 1 << 15, 1 << 16, 1 << 14, 1 << 11
 SELECT, WINDOW, EOI = 0x00, 0x10, 0x40

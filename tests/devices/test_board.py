@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.board import (
+from undervisor.devices.board import (
     FastA20,
     Keyboard,
     Pci,
@@ -9,7 +9,7 @@ from undervisor.hypervisor.devices.board import (
     Vga,
     VideoMemory,
 )
-from undervisor.hypervisor.devices.ends import EndOfRun, EndReason
+from undervisor.devices.ends import EndOfRun, EndReason
 
 RESET, POWER_OFF = EndOfRun(EndReason.RESET), EndOfRun(EndReason.POWER_OFF)
 

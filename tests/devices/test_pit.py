@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.pit import FREQUENCY, NS, Pit, counter, next_rise, output
+from undervisor.devices.pit import FREQUENCY, NS, Pit, counter, next_rise, output
 
 CONTROL = 3
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from undervisor.hypervisor.devices.lapic_layout import BROADCAST, DeliveryMode, Icr, Shorthand
+from undervisor.devices.lapic_layout import BROADCAST, DeliveryMode, Icr, Shorthand
 
 if TYPE_CHECKING:
-    from undervisor.hypervisor.devices.lapic import Lapic
+    from undervisor.devices.lapic import Lapic
 
 
 DELIVERY_MODES: Final = tuple(DeliveryMode)

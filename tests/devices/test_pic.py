@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.pic import Pic
+from undervisor.devices.pic import Pic
 
 
 class Pair:

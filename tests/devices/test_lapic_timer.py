@@ -1,9 +1,9 @@
 import pytest
 
-from undervisor.hypervisor.devices.interrupts import InterruptBus
-from undervisor.hypervisor.devices.lapic import Lapic
-from undervisor.hypervisor.devices.lapic_layout import Reg
-from undervisor.hypervisor.devices.lapic_timer import divisor
+from undervisor.devices.interrupts import InterruptBus
+from undervisor.devices.lapic import Lapic
+from undervisor.devices.lapic_layout import Reg
+from undervisor.devices.lapic_timer import divisor
 
 PERIODIC, TSC_DEADLINE, MASK = 1 << 17, 2 << 17, 1 << 16
 

@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.ends import (
+from undervisor.devices.ends import (
     DebugConsole,
     DebugExit,
     EndOfRun,

@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from undervisor.hypervisor.devices import acpi
+from undervisor.devices import acpi
 
 COUNTS = (1, 4, 8)
 

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from undervisor.hypervisor.devices.fwcfg import FwCfg, Item, standard_files, standard_items
+from undervisor.devices.fwcfg import FwCfg, Item, standard_files, standard_items
 
 MIB = 1 << 20
 READ, SKIP, SELECT, WRITE, ERROR = 2, 4, 8, 16, 1

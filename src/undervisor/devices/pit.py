@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from undervisor.hypervisor.devices.clock import Clock
+from undervisor.devices.clock import Clock
 
 FREQUENCY: Final = 1_193_182
 NS: Final = 1_000_000_000

@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.bus import MmioBus, PortBus
+from undervisor.devices.bus import MmioBus, PortBus
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 import pytest
 
-from undervisor.hypervisor.devices.rtc import NS, Rtc, periodic_ns
+from undervisor.devices.rtc import NS, Rtc, periodic_ns
 
 A, B, C, D = 0x0A, 0x0B, 0x0C, 0x0D
 SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY = 0, 2, 4, 6, 7, 8, 9, 0x32
