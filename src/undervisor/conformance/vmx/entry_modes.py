@@ -31,13 +31,15 @@ def _compatibility(lab: VmxLab) -> Changes:
     return {F.GUEST_CS_ACCESS_RIGHTS: CODE32}
 
 
-def _two_levels(lab: VmxLab) -> Changes:
+def two_levels(lab: VmxLab) -> Changes:
+    """32-bit paging with pages of 4 MiB."""
     step = 0x800000
     lab.table(lab.places.pml4, 512, 0x83 | (0x400083 << 32), step | step << 32)
     return _legacy(lab, lab.places.pml4, int(Cr4.pse))
 
 
-def _pae(lab: VmxLab) -> Changes:
+def pae(lab: VmxLab) -> Changes:
+    """PAE paging with pages of 2 MiB."""
     places = lab.places
     lab.table(places.pd, 512, 0x83, 1 << 21)
     lab.write_u64(places.pdpt, places.pd | 1, 0, 0, 0)
@@ -64,7 +66,7 @@ def _real(lab: VmxLab) -> Changes:
 
 
 MODES: Final[dict[str, Callable[[VmxLab], Changes]]] = {
-    "compatibility": _compatibility, "two-level paging": _two_levels, "PAE paging": _pae,
+    "compatibility": _compatibility, "two-level paging": two_levels, "PAE paging": pae,
 }  # fmt: skip
 UNPAGED: Final[dict[str, Callable[[VmxLab], Changes]]] = {
     "protected, no paging": _unpaged, "real": _real,
@@ -134,7 +136,7 @@ def outside_ia32e_mode_efer_has_lma_0_and_lme_0_under_paging(lab: VmxLab) -> Non
     lab.fill(lab.places.msr, 0x1000)
     got, wanted = {}, {}
     for name, begin, bits, efer in (
-        ("two-level paging", _two_levels(lab), 32, 0),
+        ("two-level paging", two_levels(lab), 32, 0),
         ("no paging", _unpaged(lab), 32, int(Efer.lme)), ("64-bit", {}, 64, LONG),
     ):  # fmt: skip
         changes = lab.on_exit(lab.on_entry(begin, load_efer=0), save_efer=0)
