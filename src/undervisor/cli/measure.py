@@ -204,7 +204,7 @@ def first_l2(vendor: str, times: int) -> list[float]:
 def _start(vendor: str, environment: dict[str, str]) -> float:
     image = resources.files("undervisor") / "data" / "examples" / f"{vendor}.elf"
     with resources.as_file(image) as path:
-        command = [sys.executable, "-m", "undervisor", "run", str(path), "--cpu", CPU[vendor]]
+        command = [sys.executable, "-P", "-m", "undervisor", "run", str(path), "--cpu", CPU[vendor]]
         command += ["--trace-filter", "to=2", "--no-summary", "--serial", "null"]
         started = time.perf_counter()
         with subprocess.Popen(
@@ -230,7 +230,7 @@ def example_resident(vendor: str, cpus: int) -> int:
     """Bytes in memory beside the guest's RAM after an example's run, in a process of its own."""
     image = resources.files("undervisor") / "data" / "examples" / f"{vendor}.elf"
     with resources.as_file(image) as path:
-        command = [sys.executable, "-m", "undervisor", "run", str(path), "--cpu", CPU[vendor]]
+        command = [sys.executable, "-P", "-m", "undervisor", "run", str(path), "--cpu", CPU[vendor]]
         command += ["--json", "--cpus", str(cpus)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
     last = json.loads(done.stdout.splitlines()[-1])

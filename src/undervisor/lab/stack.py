@@ -170,7 +170,7 @@ class Lab:
         (place.folder / PLAN).write_text(json.dumps(plan))
         with (place.folder / "keeper.log").open("wb") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", "undervisor.lab.keeper", str(place.folder)],
+                [sys.executable, "-P", "-m", "undervisor.lab.keeper", str(place.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

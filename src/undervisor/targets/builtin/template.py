@@ -163,7 +163,7 @@ def _started() -> forks.Forks:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "undervisor.targets.builtin.zygote", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "undervisor.targets.builtin.zygote", str(theirs.fileno())],
             env=os.environ | {"PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
