@@ -39,26 +39,56 @@ over:
 
 
 class Typed:
-    """Input that comes a byte at a time, and only while everybody waits."""
+    """Input that comes a byte at a time, to those that wait as long as it takes."""
 
-    def __init__(self, text):
+    def __init__(self, text, takes=0.0):
         self.left = list(text)
-        self.waits = 0
+        self.takes = takes
+        self.waits = []
+
+    @property
+    def open(self):
+        return bool(self.left)
 
     def poll(self):
         return b""
 
-    def wait(self):
-        self.waits += 1
-        return bytes([self.left.pop(0)]) if self.left else b""
+    def wait(self, seconds=None):
+        self.waits.append(seconds)
+        if seconds is not None and seconds < self.takes:
+            return b""
+        return bytes([self.left.pop(0)])
 
 
 def test_a_machine_in_which_everybody_waits_waits_for_input():
-    source = Typed(b"abc")
+    source = Typed(b"abc", takes=1e9)
     result = run(ECHO, vectors={0x24: "handler"}, source=source)
     assert result.outcome.ending is Ending.GUEST
     assert result.output == b"bcd"
-    assert source.waits == 3
+    assert source.waits.count(None) == 3
+
+
+TICKING = ECHO.replace("mov al, 0xef; out 0x21, al", "mov al, 0xee; out 0x21, al").replace(
+    "xor r15d, r15d",
+    "xor r15d, r15d; mov al, 0x34; out 0x43, al; xor eax, eax; out 0x40, al; out 0x40, al",
+)
+TICK = "tick: push rax; mov al, 0x20; out 0x20, al; pop rax; iretq"
+
+
+def test_an_idle_guest_that_has_a_timer_waits_for_input_as_long_as_for_the_timer():
+    source = Typed(b"abc", takes=0.02)
+    code = f"jmp begin; {TICK}; begin: {TICKING}"
+    result = run(code, vectors={0x20: "tick", 0x24: "handler"}, source=source)
+    assert result.output == b"bcd"
+    waits = [seconds for seconds in source.waits if seconds]
+    assert all(0.02 < seconds <= 65536 / 1193182 for seconds in waits)
+
+
+def test_a_busy_guest_is_interrupted_by_input():
+    code = ECHO.replace("hlt", "nop; nop")
+    result = run(code, vectors={0x24: "handler"}, source=Typed(b"abc"))
+    assert result.outcome.ending is Ending.GUEST
+    assert result.output == b"bcd"
 
 
 def test_a_machine_whose_input_has_ended_is_idle():

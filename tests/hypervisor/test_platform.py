@@ -238,33 +238,39 @@ def test_the_mp_table_names_the_processors_signature():
 class Source:
     def __init__(self, *pieces):
         self.pieces = list(pieces)
-        self.waits = 0
+        self.waits = []
+
+    @property
+    def open(self):
+        return bool(self.pieces)
 
     def poll(self):
         return b""
 
-    def wait(self):
-        self.waits += 1
-        return self.pieces.pop(0) if self.pieces else b""
+    def wait(self, seconds=None):
+        self.waits.append(seconds)
+        return self.pieces.pop(0)
 
 
 def test_waiting_takes_input_until_there_is_no_more():
     source = Source(b"ab")
     board = Board(source=source)
     board.out((0x3F9, 0x01), (0x3F8, ord("$")))
-    assert board.platform.wait_for_input()
+    assert board.platform.expects_input
+    assert board.platform.take_input()
     assert board.serial == [b"$"]
     assert board.ports.read(0x3F8, 1) == ord("a")
-    assert not board.platform.wait_for_input()
-    assert not board.platform.wait_for_input()
-    assert source.waits == 2
+    assert not board.platform.expects_input
+    assert not board.platform.take_input()
+    assert source.waits == [None]
 
 
 def test_there_is_no_waiting_for_input_that_would_interrupt_nobody():
     source = Source(b"ab")
-    assert not Board(source=source).platform.wait_for_input()
-    assert source.waits == 0
-    assert not Board().platform.wait_for_input()
+    assert not Board(source=source).platform.take_input()
+    assert not Board(source=source).platform.expects_input
+    assert source.waits == []
+    assert not Board().platform.take_input()
 
 
 def test_a_tick_that_nobody_takes_leaves_no_deadline(board):

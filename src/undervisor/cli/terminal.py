@@ -31,22 +31,25 @@ class Stdin:
     def __init__(self, flush: Callable[[], None], give_up: Callable[[], bool]) -> None:
         self._flush = flush
         self._give_up = give_up
-        self._open = True
+        self.open = True
 
     def poll(self) -> bytes:
         """What has been typed."""
         self._flush()
         return self._read(0.0)
 
-    def wait(self) -> bytes:
-        """The same, waiting for something; empty at the end of the input."""
-        while self._open and not self._give_up():
-            if data := self._read(_STEP):
+    def wait(self, seconds: float | None = None) -> bytes:
+        """The same, waiting for something, at most so long; empty where nothing came."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while self.open:
+            left = _STEP if end is None else min(_STEP, max(0.0, end - time.monotonic()))
+            data = self._read(left)
+            if data or not left or self._give_up():
                 return data
         return b""
 
     def _read(self, seconds: float) -> bytes:
-        if not self._open:
+        if not self.open:
             return b""
         try:
             ready, _, _ = select.select([STDIN], [], [], seconds)
@@ -55,7 +58,7 @@ class Stdin:
             data = os.read(STDIN, _PIECE)
         except OSError:  # closed, or a terminal that has been taken from us
             data = b""
-        self._open = bool(data)
+        self.open = bool(data)
         return data
 
 

@@ -25,11 +25,15 @@ STARVED_POLLS = 8
 class Input(Protocol):
     """Where the host's bytes for the guest come from."""
 
-    def poll(self) -> bytes:
-        """What has come since the last call; empty where nothing has."""
+    @property
+    def open(self) -> bool:
+        """Whether anything may ever come again."""
 
-    def wait(self) -> bytes:
-        """The same, but wait for something; empty when nothing will ever come again."""
+    def poll(self) -> bytes:
+        """What has come since the last call, for a guest that looks again and again."""
+
+    def wait(self, seconds: float | None = None) -> bytes:
+        """The same, but wait for something, at most so long; empty where nothing came."""
 
 
 class InterruptEnable(Register):

@@ -129,17 +129,23 @@ class Platform:
         """Input to the serial port, besides what `source` gives."""
         self.serial.feed(data)
 
-    def wait_for_input(self) -> bool:
-        """When every processor waits: wait for input that interrupts; False if none can come."""
-        self.flush()
+    def take_input(self, seconds: float | None = None) -> bool:
+        """Wait, at most so long, for input that interrupts; whether some came."""
         if self._source is None or not self.serial.can_interrupt_for_input:
             return False
-        data = self._source.wait()
-        if not data:
-            self._source = None
-            return False
-        self.serial.feed(data)
-        return True
+        if seconds != 0:
+            self.flush()
+        data = self._source.wait(seconds) if self._source.open else b""
+        if data:
+            self.serial.feed(data)
+        return bool(data)
+
+    @property
+    def expects_input(self) -> bool:
+        """Whether input may come, and would interrupt."""
+        return (
+            self._source is not None and self._source.open and self.serial.can_interrupt_for_input
+        )
 
     def set_command_line(self, text: str) -> None:
         """The kernel's command line, for images that ask fw_cfg for it."""

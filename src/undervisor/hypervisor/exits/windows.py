@@ -24,6 +24,6 @@ def iret(vcpu: Vcpu, exit: Exit) -> Verdict:
 
 def end_of_slice(vcpu: Vcpu, exit: Exit) -> Verdict:
     """A slice or a timer's time is over, or somebody kicked the processor."""
-    vcpu.machine.check_wall_clock()
+    vcpu.machine.look_outside()
     vcpu.attention = True
     return RESUME

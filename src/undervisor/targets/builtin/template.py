@@ -44,6 +44,7 @@ class Wire:
 
     def __init__(self, prelude: bytes) -> None:
         self.machine: Machine | None = None
+        self.open = True
         self._prelude = prelude
         self._said = bytearray()
         self._socket: socket.socket | None = None
@@ -71,11 +72,11 @@ class Wire:
             return self._at_prompt() if self._said else b""
         return self._take(self._socket, _LOOK)
 
-    def wait(self) -> bytes:
-        """Input, waiting for it; empty when the other side is gone."""
+    def wait(self, seconds: float | None = None) -> bytes:
+        """Input, waiting for it; empty where none came."""
         if self._socket is None:
             return self._at_prompt()
-        return self._take(self._socket, None)
+        return self._take(self._socket, seconds)
 
     def _at_prompt(self) -> bytes:
         assert self.machine is not None
@@ -84,13 +85,14 @@ class Wire:
             self.machine.request_stop()
         return data
 
-    @staticmethod
-    def _take(line: socket.socket, timeout: float | None) -> bytes:
-        ready, _, _ = select.select([line], [], [], timeout)
-        try:
-            return line.recv(PIECE) if ready else b""
-        except OSError:
+    def _take(self, line: socket.socket, timeout: float | None) -> bytes:
+        if not self.open or not select.select([line], [], [], timeout)[0]:
             return b""
+        data = b""
+        with contextlib.suppress(OSError):
+            data = line.recv(PIECE)
+        self.open = bool(data)
+        return data
 
 
 # -- the template's process ---------------------------------------------------------------------
