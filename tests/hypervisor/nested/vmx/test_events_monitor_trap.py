@@ -4,9 +4,9 @@ SDM 3C "Monitor Trap Flag".
 """
 
 import pytest
-from vmx_lab import CODE, DATA, STUB_SIZE, STUBS, event
+from vmx_lab import CODE, DATA, event
 
-from undervisor.arch.vmx.controls import InterruptionType, PrimaryControls
+from undervisor.arch.vmx.controls import InterruptionType
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
 
@@ -15,9 +15,7 @@ BS, TF = 1 << 14, 1 << 8
 
 @pytest.fixture
 def traps(lab):
-    ept = lab.ept()
-    base = ept[F.PRIMARY_CONTROLS]
-    return ept | lab.control(PrimaryControls, base=base, monitor_trap_flag=1, hlt_exiting=0)
+    return lab.primary(lab.ept(), monitor_trap_flag=1, hlt_exiting=0)
 
 
 def places(lab, source, changes, count, registers=None):
@@ -26,7 +24,7 @@ def places(lab, source, changes, count, registers=None):
     found = []
     for _ in range(count):
         assert run.reason is R.MONITOR_TRAP_FLAG, run.reason
-        found.append(run[F.GUEST_RIP] - CODE)
+        found.append(run.rip - CODE)
         run = lab.resume({}, run.registers)
     return found
 
@@ -52,7 +50,7 @@ def test_each_iteration_of_a_repeated_string_instruction_is_one(lab, traps):
 
 def test_a_first_touch_of_a_page_makes_no_difference(lab, traps):
     """The nested page fault that only L0 sees is no instruction boundary."""
-    assert places(lab, "mov %rax, 0x658000; mov 0x659000, %rax; nop", traps, 3) == [8, 16, 17]
+    assert places(lab, "mov %rax, FREE; mov FREE + 0x1000, %rax; nop", traps, 3) == [8, 16, 17]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_a_first_touch_of_a_page_makes_no_difference(lab, traps):
 )
 def test_an_instruction_that_l0_carries_out_is_one(lab, traps, source, length):
     run = lab.run(source, traps, {"rdx": 0})
-    assert (run.reason, run[F.GUEST_RIP]) == (R.MONITOR_TRAP_FLAG, CODE + length)
+    assert (run.reason, run.rip) == (R.MONITOR_TRAP_FLAG, CODE + length)
     assert run[F.GUEST_ACTIVITY_STATE] == (1 if source == "hlt" else 0)
 
 
@@ -77,9 +75,9 @@ def test_an_instruction_that_exits_ends_the_step(lab, traps):
     [("ud2", 6), ("int3", 3), ("int $0x55", 0x55), ("mov 0x7f00000000, %rax", 14), ("div %rdx", 0)],
 )
 def test_an_exception_is_followed_by_an_exit_before_its_handler(lab, traps, source, vector):
-    run = lab.run(source, traps | lab.pages(), {"rdx": 0})
+    run = lab.run(source, traps | {F.GUEST_CR3: lab.pages()}, {"rdx": 0})
     assert run.reason is R.MONITOR_TRAP_FLAG
-    assert run[F.GUEST_RIP] == STUBS + vector * STUB_SIZE
+    assert run.rip == lab.stub(vector)
 
 
 @pytest.mark.parametrize(
@@ -96,20 +94,20 @@ def test_an_injected_event_is_followed_by_an_exit_before_its_handler(lab, traps,
     injected |= {F.ENTRY_INSTRUCTION_LENGTH: 2, F.GUEST_RFLAGS: 0x202}
     run = lab.run("nop", traps | injected)
     assert run.reason is R.MONITOR_TRAP_FLAG
-    assert run[F.GUEST_RIP] == STUBS + vector * STUB_SIZE
+    assert run.rip == lab.stub(vector)
 
 
 def test_an_injected_monitor_trap_exits_before_any_instruction(lab):
     injected = {F.ENTRY_INTERRUPTION_INFORMATION: event(0, InterruptionType.OTHER_EVENT)}
     run = lab.run("nop", lab.primary(monitor_trap_flag=0) | injected)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.MONITOR_TRAP_FLAG, CODE)
+    assert (run.reason, run.rip) == (R.MONITOR_TRAP_FLAG, CODE)
     assert lab.resume({}, run.registers).reason is R.VMCALL
 
 
 def test_a_single_step_trap_stays_pending(lab, traps):
     """The exit has priority over the #DB, which goes to L2 when L1 lets it run on."""
     run = lab.run("nop; nop", traps | {F.GUEST_RFLAGS: 2 | TF})
-    assert (run.reason, run[F.GUEST_RIP]) == (R.MONITOR_TRAP_FLAG, CODE + 1)
+    assert (run.reason, run.rip) == (R.MONITOR_TRAP_FLAG, CODE + 1)
     assert run[F.GUEST_PENDING_DEBUG_EXCEPTIONS] == BS
     run = lab.resume(lab.primary(monitor_trap_flag=0), run.registers)
     assert run.vector == 1

@@ -4,16 +4,15 @@ SDM 3C "Other Causes of VM Exits".
 """
 
 import pytest
-from vmx_lab import CODE, STACK, Lab
+from vmx_lab import Lab
 
-from undervisor.arch.vmx.controls import PinBasedControls
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance.lab import together
+from undervisor.conformance.vmx.lab import VmxLab
 from undervisor.guest.asm import assemble
 from undervisor.guest.probe.client import Batch
-from undervisor.guest.probe.vmx_setup import l2_fields, vmx_on
 
-VMXON, VMCS, SCRATCH = 0x700000, 0x701000, 0x702000
 INIT, SIPI, NMI = 0x4500, 0x4642, 0x4400
 WAIT_FOR_SIPI = 3
 
@@ -23,26 +22,22 @@ class Pair:
 
     def __init__(self):
         self.lab = Lab(cpus=2)
-        self.lab.probe.start_aps([1])
-        self.other = self.lab.probe.on(1)
-        self.facts = vmx_on(self.other, VMXON, VMCS)
-        self.fields = l2_fields(self.facts, CODE, STACK, processor=1)
-        self.launched = False
+        self.lab.start_others(2)
+        self.other = VmxLab(self.lab.probe, 1)
+        self.other.on(like=self.lab)
 
     def send(self, command, changes, source="1: jmp 1b"):
         """The exit reason and qualification of the other's L2."""
-        self.lab.memory.write(CODE, assemble(source, CODE).bytes)
+        self.other.code(source)
         receiver, sender = Batch(), Batch()
-        receiver.vmwrites(self.fields | changes, SCRATCH)
-        receiver.vmx_run({}, resume=self.launched)
-        self.launched = True
-        reason = receiver.vmread(F.EXIT_REASON)
-        qualification = receiver.vmread(F.EXIT_QUALIFICATION)
+        writes = self.other.plan_launch(receiver, changes)
+        run = self.other.plan_entry(receiver, {}, resume=False)
         wait = "mov $100000, %ecx; 1: loop 1b; "
         icr = f"mov $0xfee00000, %r8d; movl $0x1000000, 0x310(%r8); {wait}"
         sender.call(assemble(f"{icr} movl ${command:#x}, 0x300(%r8); {wait}", 0), {}, [])
-        self.lab.probe.together({0: sender, 1: receiver})
-        return R(reason.value.value), qualification.value.value
+        together({self.lab: sender, self.other: receiver})
+        writes.check()
+        return R(run.reason), run.qualification
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +54,10 @@ def test_an_init_ends_a_running_l2(pair):
 
 
 def test_an_nmi_ends_a_running_l2_where_l1_asks(pair):
-    pin = pair.fields[F.PIN_BASED_CONTROLS] | PinBasedControls.nmi_exiting
-    assert pair.send(NMI, {F.PIN_BASED_CONTROLS: pin})[0] is R.EXCEPTION_OR_NMI
+    assert pair.send(NMI, pair.other.pin(nmi_exiting=1))[0] is R.EXCEPTION_OR_NMI
 
 
 def test_a_sipi_is_lost_on_a_running_l2(pair):
     """L2 goes on to its VMCALL."""
-    ends = "mov $400000, %ecx; 1: loop 1b; vmcall"
+    ends = "mov $400000, %ecx; 1: loop 1b"
     assert pair.send(SIPI, {F.GUEST_ACTIVITY_STATE: 0}, ends)[0] is R.VMCALL

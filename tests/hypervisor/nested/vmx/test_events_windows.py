@@ -4,15 +4,15 @@ SDM 3C "Other Causes of VM Exits", "Interruptibility State", "Activity State".
 """
 
 import pytest
-from vmx_lab import CODE, DATA, IDT, MSR_LIST, STUB_SIZE, STUBS, Lab, event, gate
+from vmx_lab import CODE, DATA, FREE, IDT, MSR_LIST, VALID, Lab, event
 
-from undervisor.arch.vmx.controls import InterruptionType, PrimaryControls
+from undervisor.arch.vmx.controls import InterruptionType
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance.lab import gate
 from undervisor.guest.asm import assemble
 from undervisor.hypervisor.vcpu import Activity
 
-VALID = 1 << 31
 IF = {F.GUEST_RFLAGS: 0x202}
 STI, MOV_SS, NMI = 1, 2, 8
 HLT, SHUTDOWN, WAIT_FOR_SIPI = 1, 2, 3
@@ -30,10 +30,10 @@ def _apic(lab):
     lapic = lab.vcpu.lapic
     lapic.write(0xF0, 4, 0x1FF)
     lapic.write(0x310, 4, 0)
-    before = lab.memory.read(IDT, 4096)
-    lab.memory.write(DATA, bytes(64))
+    before = lab.read(IDT, 4096)
+    lab.write(DATA, bytes(64))
     yield
-    lab.memory.write(IDT, before)
+    lab.write(IDT, before)
     lapic.write(0x320, 4, 0x10000)
     for _ in range(4):
         lapic.write(0xB0, 4, 0)
@@ -44,10 +44,10 @@ def _apic(lab):
 
 def counting(lab, vector, source="", *, trap=False):
     """L2's handler of `vector` counts at DATA."""
-    lab.memory.write(HANDLER, assemble(f"incl {DATA:#x}; {source}; iretq", HANDLER).bytes)
+    lab.write(HANDLER, assemble(f"incl {DATA:#x}; {source}; iretq", HANDLER).bytes)
     descriptor = bytearray(gate(HANDLER))
     descriptor[5] |= int(trap)
-    lab.memory.write(IDT + 16 * vector, bytes(descriptor))
+    lab.write(IDT + 16 * vector, bytes(descriptor))
 
 
 def controls(lab, *, pin=None, **primary):
@@ -63,7 +63,7 @@ def test_an_nmi_exits_where_l1_asks_and_is_blocked_behind_it(lab):
         R.EXCEPTION_OR_NMI,
         NMI_INFORMATION,
     )
-    assert run[F.GUEST_RIP] == SENT
+    assert run.rip == SENT
     assert lab.vcpu.nmi_blocked
 
 
@@ -72,7 +72,7 @@ def test_an_nmi_that_does_not_exit_goes_to_l2_and_is_blocked_until_iret(lab):
     counting(lab, 2, again)
     run = lab.run(SEND_NMI + "nop; vmcall", controls(lab, pin={"nmi_exiting": 0}))
     assert run.registers["rbx"] == 1  # the second one waited for IRET
-    assert (lab.memory.u32(DATA), run.reason, run.vector) == (2, R.VMCALL, None)
+    assert (lab.read_u32(DATA), run.reason, run.vector) == (2, R.VMCALL, None)
 
 
 def test_blocking_by_nmi_is_saved(lab):
@@ -86,7 +86,7 @@ def test_injecting_an_nmi_blocks_until_iret(lab):
     run = lab.run("nop", injected)
     assert (run.vector, run[F.GUEST_INTERRUPTIBILITY_STATE]) == (2, NMI)
     run = lab.skip(run)
-    assert (run[F.GUEST_RIP], run[F.GUEST_INTERRUPTIBILITY_STATE]) == (CODE + 1, 0)
+    assert (run.rip, run[F.GUEST_INTERRUPTIBILITY_STATE]) == (CODE + 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_an_iret_that_faults_has_unblocked(lab, bitmap):
 
 def test_an_ept_violation_of_iret_has_unblocked(lab):
     ept = lab.ept(12)
-    page = 0x659000
-    lab.memory.set_u64(lab.epte(page), 0)
+    page = FREE
+    lab.write_u64(lab.nested_entry(page), 0)
     pin = lab.pin(nmi_exiting=1, virtual_nmis=1)
     blocked = {F.GUEST_INTERRUPTIBILITY_STATE: NMI, F.GUEST_RSP: page}
     run = lab.run("iretq", ept | pin | blocked)
@@ -137,13 +137,13 @@ VNMI = {"nmi_exiting": 1, "virtual_nmis": 1}
 
 def test_the_nmi_window_opens_at_once(lab):
     run = lab.run("nop", controls(lab, pin=VNMI, nmi_window_exiting=1))
-    assert (run.reason, run[F.GUEST_RIP]) == (R.NMI_WINDOW, CODE)
+    assert (run.reason, run.rip) == (R.NMI_WINDOW, CODE)
 
 
 def test_the_nmi_window_opens_behind_a_mov_ss_shadow(lab):
     fields = controls(lab, pin=VNMI, nmi_window_exiting=1)
     run = lab.run("nop; nop", fields | {F.GUEST_INTERRUPTIBILITY_STATE: MOV_SS})
-    assert (run.reason, run[F.GUEST_RIP]) == (R.NMI_WINDOW, CODE + 1)
+    assert (run.reason, run.rip) == (R.NMI_WINDOW, CODE + 1)
 
 
 def test_the_nmi_window_opens_behind_an_injected_event(lab):
@@ -151,7 +151,7 @@ def test_the_nmi_window_opens_behind_an_injected_event(lab):
     injected = {F.ENTRY_INTERRUPTION_INFORMATION: event(1, InterruptionType.HARDWARE_EXCEPTION)}
     for state in (0, HLT):
         run = lab.run("nop", fields | injected | {F.GUEST_ACTIVITY_STATE: state})
-        assert (run.reason, run[F.GUEST_RIP]) == (R.NMI_WINDOW, STUBS + STUB_SIZE)
+        assert (run.reason, run.rip) == (R.NMI_WINDOW, lab.stub(1))
         assert run[F.GUEST_ACTIVITY_STATE] == 0
 
 
@@ -161,14 +161,14 @@ def test_the_nmi_window_opens_behind_iret(lab):
     run = lab.run(source, fields | {F.GUEST_INTERRUPTIBILITY_STATE: NMI})
     assert run.reason is R.NMI_WINDOW
     code = assemble(source, CODE)
-    assert run[F.GUEST_RIP] == CODE + len(code.bytes) - 1
+    assert run.rip == CODE + len(code.bytes) - 1
 
 
 @pytest.mark.parametrize("state", [HLT, SHUTDOWN])
 def test_the_nmi_window_opens_in_inactive_states(lab, state):
     fields = controls(lab, pin=VNMI, nmi_window_exiting=1)
     run = lab.run("nop", fields | {F.GUEST_ACTIVITY_STATE: state})
-    assert (run.reason, run[F.GUEST_RIP]) == (R.NMI_WINDOW, CODE)
+    assert (run.reason, run.rip) == (R.NMI_WINDOW, CODE)
     assert run[F.GUEST_ACTIVITY_STATE] == state
 
 
@@ -181,7 +181,7 @@ def test_an_interrupt_exits_whatever_if_is(lab, flags, acknowledge):
     fields = controls(lab, pin={"external_interrupt_exiting": 1})
     fields |= lab.on_exit(acknowledge_interrupt=acknowledge) | {F.GUEST_RFLAGS: flags}
     run = lab.run(SEND_INTERRUPT + "nop; nop", fields)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.EXTERNAL_INTERRUPT, SENT)
+    assert (run.reason, run.rip) == (R.EXTERNAL_INTERRUPT, SENT)
     information = run[F.EXIT_INTERRUPTION_INFORMATION]
     assert information == (VALID | 0x81 if acknowledge else 0)
     assert (lab.vcpu.lapic.pending() is None) == bool(acknowledge)
@@ -191,7 +191,7 @@ def test_an_interrupt_that_does_not_exit_goes_to_l2(lab):
     counting(lab, 0x81, EOI)
     fields = controls(lab, pin={"external_interrupt_exiting": 0}) | IF
     run = lab.run(SEND_INTERRUPT + "nop; nop", fields)
-    assert (run.reason, run.vector, lab.memory.u32(DATA)) == (R.VMCALL, None, 1)
+    assert (run.reason, run.vector, lab.read_u32(DATA)) == (R.VMCALL, None, 1)
 
 
 def test_an_interrupt_wakes_l2_from_hlt(lab):
@@ -199,7 +199,7 @@ def test_an_interrupt_wakes_l2_from_hlt(lab):
     fields = controls(lab, pin={"external_interrupt_exiting": 0})
     source = SEND_INTERRUPT + "sti; hlt; nop"
     run = lab.run(source, fields)
-    assert (run.reason, run.vector, lab.memory.u32(DATA)) == (R.VMCALL, None, 1)
+    assert (run.reason, run.vector, lab.read_u32(DATA)) == (R.VMCALL, None, 1)
 
 
 def test_an_interrupt_exits_from_hlt(lab):
@@ -220,20 +220,20 @@ def window(lab):
 
 def test_the_interrupt_window_opens_at_once_with_if(lab):
     run = lab.run("nop", window(lab) | IF)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INTERRUPT_WINDOW, CODE)
+    assert (run.reason, run.rip) == (R.INTERRUPT_WINDOW, CODE)
 
 
 @pytest.mark.parametrize("blocking", [STI, MOV_SS])
 def test_the_interrupt_window_opens_behind_a_shadow(lab, blocking):
     blocked = {F.GUEST_INTERRUPTIBILITY_STATE: blocking}
     run = lab.run("nop; nop", window(lab) | IF | blocked)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INTERRUPT_WINDOW, CODE + 1)
+    assert (run.reason, run.rip) == (R.INTERRUPT_WINDOW, CODE + 1)
     assert run[F.GUEST_INTERRUPTIBILITY_STATE] == 0
 
 
 def test_only_the_first_sti_has_a_shadow(lab):
     run = lab.run("nop; sti; sti; nop; nop", window(lab))
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INTERRUPT_WINDOW, CODE + 3)
+    assert (run.reason, run.rip) == (R.INTERRUPT_WINDOW, CODE + 3)
 
 
 def test_the_interrupt_window_opens_behind_an_injected_event(lab):
@@ -241,13 +241,13 @@ def test_the_interrupt_window_opens_behind_an_injected_event(lab):
     injected = {F.ENTRY_INTERRUPTION_INFORMATION: event(1, InterruptionType.HARDWARE_EXCEPTION)}
     for state in (0, HLT):
         run = lab.run("nop", window(lab) | IF | injected | {F.GUEST_ACTIVITY_STATE: state})
-        assert (run.reason, run[F.GUEST_RIP]) == (R.INTERRUPT_WINDOW, HANDLER)
+        assert (run.reason, run.rip) == (R.INTERRUPT_WINDOW, HANDLER)
 
 
 def test_an_exception_in_a_shadow_ends_it(lab):
     counting(lab, 6, trap=True)
     run = lab.run("sti; ud2", window(lab))
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INTERRUPT_WINDOW, HANDLER)
+    assert (run.reason, run.rip) == (R.INTERRUPT_WINDOW, HANDLER)
 
 
 def test_the_interrupt_window_wakes_from_hlt(lab):
@@ -268,7 +268,7 @@ def test_a_shadow_is_saved_by_its_cause(lab, source, blocking):
 
 def test_an_init_exits_and_changes_nothing(lab):
     run = lab.run(SEND_INIT + "nop; nop", controls(lab), {"rbx": 77})
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INIT_SIGNAL, SENT)
+    assert (run.reason, run.rip) == (R.INIT_SIGNAL, SENT)
     assert run.registers["rbx"] == 77
     assert lab.resume({}, run.registers).reason is R.VMCALL
 
@@ -277,7 +277,7 @@ def test_an_init_in_root_operation_exits_at_the_next_entry(lab):
     lab.call(SEND_INIT + "nop; nop")
     assert lab.vcpu.init_pending
     run = lab.run("nop", controls(lab))
-    assert (run.reason, run[F.GUEST_RIP]) == (R.INIT_SIGNAL, CODE)
+    assert (run.reason, run.rip) == (R.INIT_SIGNAL, CODE)
     assert not lab.vcpu.init_pending
 
 
@@ -295,7 +295,7 @@ def test_an_init_that_was_blocked_is_taken_at_vmxoff():
 
     lab.vcpu.reset_by_init = reset
     with pytest.raises(AssertionError):
-        lab.ask(("vmxoff",))
+        lab.l1.vmxoff()
     assert len(seen) == 1
 
 
@@ -342,13 +342,13 @@ def preemption(lab, value, **primary):
 
 def test_a_timer_of_0_exits_before_any_instruction(lab):
     run = lab.run("nop", preemption(lab, 0))
-    assert (run.reason, run[F.GUEST_RIP]) == (R.PREEMPTION_TIMER_EXPIRED, CODE)
+    assert (run.reason, run.rip) == (R.PREEMPTION_TIMER_EXPIRED, CODE)
 
 
 def test_a_timer_of_0_exits_behind_an_injected_event(lab):
     injected = {F.ENTRY_INTERRUPTION_INFORMATION: event(6, InterruptionType.HARDWARE_EXCEPTION)}
     run = lab.run("nop", preemption(lab, 0) | injected)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.PREEMPTION_TIMER_EXPIRED, STUBS + 6 * STUB_SIZE)
+    assert (run.reason, run.rip) == (R.PREEMPTION_TIMER_EXPIRED, lab.stub(6))
 
 
 @pytest.mark.parametrize("source", ["1: jmp 1b", "hlt", "1: rdtsc; jmp 1b", "1: pause; jmp 1b"])
@@ -357,12 +357,12 @@ def test_the_timer_expires_at_its_rate(lab, source):
     value = 1_000_000 >> shift
     begin = f"rdtsc; mov %eax, %ebx; mov %edx, %ecx; {source}"
     stored = {F.EXIT_MSR_STORE_ADDRESS: MSR_LIST, F.EXIT_MSR_STORE_COUNT: 1}
-    lab.memory.set_u64(MSR_LIST, 0x10)
+    lab.write_u64(MSR_LIST, 0x10)
     run = lab.run(begin, preemption(lab, value) | stored)
     start = run.registers["rbx"] | run.registers["rcx"] << 32
     deadline = (start >> shift) + value << shift
     assert run.reason is R.PREEMPTION_TIMER_EXPIRED
-    assert deadline - 3_000 < lab.memory.u64(MSR_LIST + 8) < deadline + 3_000
+    assert deadline - 3_000 < lab.read_u64(MSR_LIST + 8) < deadline + 3_000
 
 
 def test_no_time_beyond_the_deadline_is_stored(lab):
@@ -396,7 +396,5 @@ def test_the_timer_is_saved_on_demand(lab):
 def test_only_a_tight_loop_of_pause_exits(lab, between, reason):
     value = 1_000_000 >> lab.vcpu.model.vmx.misc.preemption_timer_shift
     fields = preemption(lab, value, pause_exiting=0) | {F.PLE_GAP: 128, F.PLE_WINDOW: 4096}
-    secondary = lab.secondary(pause_loop_exiting=1)
-    base = secondary[F.PRIMARY_CONTROLS] & ~PrimaryControls.pause_exiting
-    fields |= secondary | {F.PRIMARY_CONTROLS: base}
+    fields = lab.secondary(fields, pause_loop_exiting=1)
     assert lab.run(f"1: pause; {between} jmp 1b", fields).reason is reason

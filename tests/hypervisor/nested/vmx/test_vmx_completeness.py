@@ -97,13 +97,13 @@ def forced_bits(must):
 def test_a_control_that_must_be_1_is_refused_as_0(lab, field, bit):
     """The bit alone decides: everything else of the VMCS is as in an entry that succeeds."""
     run = lab.run("cpuid", {field: lab.fields[field] & ~(1 << bit)})
-    assert (run.entered, run.error) == (False, 7)
+    assert (run.entered, run.result.error) == (False, 7)
 
 
 @pytest.mark.parametrize(("field", "bit"), list(forced_bits(False)))
 def test_a_control_that_must_be_0_is_refused_as_1(lab, field, bit):
     run = lab.run("cpuid", {field: lab.fields[field] | 1 << bit})
-    assert (run.entered, run.error) == (False, 7)
+    assert (run.entered, run.result.error) == (False, 7)
 
 
 SECONDARY = WORDS["SECONDARY_CONTROLS"]
@@ -114,6 +114,6 @@ SECONDARY = WORDS["SECONDARY_CONTROLS"]
 )
 def test_a_secondary_control_that_must_be_0_is_refused_as_1(lab, bit):
     run = lab.run("cpuid", lab.secondary() | {SECONDARY: 1 << bit})
-    assert (run.entered, run.error) == (False, 7)
+    assert (run.entered, run.result.error) == (False, 7)
     run = lab.run("cpuid", {SECONDARY: 1 << bit})
     assert run.entered, "without activation nobody looks"

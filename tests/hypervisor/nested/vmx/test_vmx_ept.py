@@ -18,6 +18,7 @@ from vmx_lab import (
 
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance.places import WINDOW
 from undervisor.guest.asm import assemble
 
 READ, WRITE, EXEC = 1, 2, 4
@@ -35,23 +36,22 @@ SHIFTS = [12, 21, 30]
 
 def target(lab, shift, rights, bits=0x30, base=None):
     """The translation of TARGET by one page of a size, and the address of its leaf."""
-    memory = lab.memory
-    memory.write(DATA, bytes(4096))
-    memory.write(DATA + 0x128, assemble("ret").bytes)
+    lab.fill(DATA, 0x1000)
+    lab.write(DATA + 0x128, assemble("ret").bytes)
     page = DATA if base is None else base
     where = {30: EPT + 0x1008, 21: TABLE1 + (TARGET >> 21 & 511) * 8}.get(
         shift, TABLE2 + (TARGET >> 12 & 511) * 8
     )
-    memory.write(TABLE1, bytes(8192))
-    memory.set_u64(EPT + 0x1008, TABLE1 | 7)
-    memory.set_u64(TABLE1 + (TARGET >> 21 & 511) * 8, TABLE2 | 7)
+    lab.fill(TABLE1, 0x2000)
+    lab.write_u64(EPT + 0x1008, TABLE1 | 7)
+    lab.write_u64(TABLE1 + (TARGET >> 21 & 511) * 8, TABLE2 | 7)
     large = 0x80 if shift > 12 else 0
-    memory.set_u64(where, page & ~((1 << shift) - 1) | bits | large | rights)
+    lab.write_u64(where, page & ~((1 << shift) - 1) | bits | large | rights)
     return where
 
 
 def touch(lab, access, changes, address=TARGET, **more):
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     return lab.run(ACCESS[access], changes, {"rbx": address, "rax": 0x1122}, **more)
 
 
@@ -72,16 +72,16 @@ def test_a_pages_permissions_decide(lab, shift, rights, access):
     if rights & access:
         assert (run.reason, run.vector) == (R.VMCALL, None)
         if access == WRITE:
-            assert lab.memory.u64(DATA + 0x128) == 0x1122
+            assert lab.read_u64(DATA + 0x128) == 0x1122
         return
     assert run.reason is R.EPT_VIOLATION
     assert run.qualification == access | rights << 3 | LINEAR | TRANSLATED
     assert run[F.GUEST_LINEAR_ADDRESS] == TARGET
     assert run[F.GUEST_PHYSICAL_ADDRESS] == TARGET
     if access != EXEC:
-        assert run[F.GUEST_RIP] == CODE
+        assert run.rip == CODE
     else:
-        assert run[F.GUEST_RIP] == TARGET
+        assert run.rip == TARGET
 
 
 @pytest.mark.parametrize("level", [2, 3])
@@ -90,7 +90,7 @@ def test_a_tables_permissions_narrow_those_below(lab, level, rights):
     changes = lab.ept()
     target(lab, 12, 7)
     where = {2: TABLE1 + (TARGET >> 21 & 511) * 8, 3: EPT + 0x1008}[level]
-    lab.memory.set_u64(where, lab.memory.u64(where) & ~7 | rights)
+    lab.write_u64(where, lab.read_u64(where) & ~7 | rights)
     for access in ACCESS:
         run = touch(lab, access, changes)
         if rights & access:
@@ -110,7 +110,7 @@ def test_execute_only_is_a_misconfiguration_without_the_feature():
 def test_a_read_modify_write_needs_both(lab):
     changes = lab.ept()
     target(lab, 12, READ)
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     run = lab.run("lock incl (%rbx)", changes, {"rbx": TARGET})
     assert run.reason is R.EPT_VIOLATION
     assert run.qualification & WRITE
@@ -142,7 +142,7 @@ def test_a_read_modify_write_needs_both(lab):
 def test_the_linear_address_of_any_access_is_found(lab, source, gva):
     changes = lab.ept()
     target(lab, 12, 0)
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     if source.startswith("enter"):
         changes |= {F.GUEST_RSP: TARGET}
         gva = TARGET - 8
@@ -157,7 +157,7 @@ def test_the_linear_address_of_any_access_is_found(lab, source, gva):
 def test_an_access_across_pages_faults_on_the_second(lab):
     changes = lab.ept()
     target(lab, 12, 7)
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     edge = TARGET | 0xFFC
     run = lab.run("mov (%rbx), %rax", changes, {"rbx": edge})
     assert run.reason is R.EPT_VIOLATION
@@ -168,8 +168,8 @@ def test_an_access_across_pages_faults_on_the_second(lab):
 def test_a_fetch_across_pages_faults_on_the_second(lab):
     changes = lab.ept()
     target(lab, 12, 7)
-    lab.ask(("invept", 2))
-    lab.memory.write(DATA + 0xFFE, b"\x48\xb8")
+    lab.l1.invept(2)
+    lab.write(DATA + 0xFFE, b"\x48\xb8")
     run = lab.run("jmp *%rbx", changes, {"rbx": TARGET & -4096 | 0xFFE})
     assert run.reason is R.EPT_VIOLATION
     assert run[F.GUEST_PHYSICAL_ADDRESS] == (TARGET & -4096) + 4096
@@ -179,10 +179,8 @@ def test_a_fetch_across_pages_faults_on_the_second(lab):
 def test_execute_only_code_runs_and_cannot_be_read(lab):
     changes = lab.ept()
     target(lab, 12, EXEC)
-    lab.memory.write(
-        DATA + 0x128, assemble("mov $7, %eax; lea (%rip), %rdx; mov (%rdx), %cl").bytes
-    )
-    lab.ask(("invept", 2))
+    lab.write(DATA + 0x128, assemble("mov $7, %eax; lea (%rip), %rdx; mov (%rdx), %cl").bytes)
+    lab.l1.invept(2)
     run = lab.run("jmp *%rbx", changes, {"rbx": TARGET})
     assert run.reason is R.EPT_VIOLATION
     assert run.registers["rax"] == 7
@@ -193,8 +191,8 @@ def test_execute_only_code_may_loop_and_exit(lab):
     changes = lab.ept()
     target(lab, 12, EXEC)
     code = "mov $1000, %ecx; 1: inc %rax; dec %ecx; jnz 1b; cpuid"
-    lab.memory.write(DATA + 0x128, assemble(code).bytes)
-    lab.ask(("invept", 2))
+    lab.write(DATA + 0x128, assemble(code).bytes)
+    lab.l1.invept(2)
     run = lab.run("xor %eax, %eax; jmp *%rbx", changes, {"rbx": TARGET})
     assert (run.reason, run.length) == (R.CPUID, 2)
     assert run.registers["rax"] == 1000
@@ -228,10 +226,10 @@ def test_reserved_bits_of_a_table_are_misconfigurations(lab, bit):
     changes = lab.ept()
     target(lab, 12, 7)
     for where in (EPT + 0x1008, TABLE1 + (TARGET >> 21 & 511) * 8):
-        old = lab.memory.u64(where)
-        lab.memory.set_u64(where, old | 1 << bit)
+        old = lab.read_u64(where)
+        lab.write_u64(where, old | 1 << bit)
         run = touch(lab, READ, changes)
-        lab.memory.set_u64(where, old)
+        lab.write_u64(where, old)
         assert run.reason is R.EPT_MISCONFIGURATION
 
 
@@ -256,13 +254,13 @@ def test_less_is_seen_after_invept_and_more_without(lab):
     changes = lab.ept()
     where = target(lab, 12, 7)
     assert touch(lab, WRITE, changes).reason is R.VMCALL
-    entry = lab.memory.u64(where)
-    lab.memory.set_u64(where, entry & ~7)
+    entry = lab.read_u64(where)
+    lab.write_u64(where, entry & ~7)
     assert touch(lab, READ, changes).reason is R.EPT_VIOLATION
-    lab.memory.set_u64(where, entry & ~WRITE)
+    lab.write_u64(where, entry & ~WRITE)
     assert lab.run(ACCESS[READ], changes, {"rbx": TARGET}).reason is R.VMCALL
     assert lab.run(ACCESS[WRITE], changes, {"rbx": TARGET}).reason is R.EPT_VIOLATION
-    lab.memory.set_u64(where, entry)
+    lab.write_u64(where, entry)
     assert lab.run(ACCESS[WRITE], changes, {"rbx": TARGET}).reason is R.VMCALL
 
 
@@ -270,14 +268,14 @@ def test_less_is_seen_after_invept_and_more_without(lab):
 def test_another_page_is_seen_after_invept(lab, kind):
     changes = lab.ept()
     where = target(lab, 12, 7)
-    lab.memory.write(DATA + 0x128, b"first...")
-    lab.memory.write(DATA + 0x1128, b"second..")
+    lab.write(DATA + 0x128, b"first...")
+    lab.write(DATA + 0x1128, b"second..")
     run = lab.run(ACCESS[READ], changes, {"rbx": TARGET})
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     run = lab.run(ACCESS[READ], changes, {"rbx": TARGET})
     assert run.registers["rax"].to_bytes(8, "little") == b"first..."
-    lab.memory.set_u64(where, lab.memory.u64(where) + 0x1000)
-    lab.ask(("invept", kind, changes[F.EPT_POINTER]))
+    lab.write_u64(where, lab.read_u64(where) + 0x1000)
+    lab.l1.invept(kind, changes[F.EPT_POINTER])
     run = lab.run(ACCESS[READ], changes, {"rbx": TARGET})
     assert run.registers["rax"].to_bytes(8, "little") == b"second.."
 
@@ -287,33 +285,33 @@ def test_invept_of_another_context_keeps_this_one(lab):
     changes = lab.ept()
     target(lab, 12, 7)
     assert touch(lab, READ, changes).reason is R.VMCALL
-    lab.ask(("invept", 1, EPT2 | 0x1E))
+    lab.l1.invept(1, EPT2 | 0x1E)
     assert lab.run(ACCESS[READ], changes, {"rbx": TARGET}).reason is R.VMCALL
 
 
 # -- L2's own paging structures --------------------------------------------------------------------
 
-GVA = 0x651128
+GVA = DATA + 0x1128
 A, D = 0x20, 0x40
 
 
 def paging_structure(lab, rights, flags, accessed_dirty):
     """L2's page tables, their last level alone in a page with `rights`; the entry's flags."""
-    changes = lab.ept(12, accessed_dirty=accessed_dirty) | lab.pages()
-    for gva in range(0x600000, 0x800000, 4096):
+    changes = lab.ept(12, accessed_dirty=accessed_dirty) | {F.GUEST_CR3: lab.pages()}
+    for gva in range(lab.places.base, lab.places.base + WINDOW, 4096):
         where = lab.pte(gva)
-        lab.memory.set_u64(where, lab.memory.u64(where) | A | D)
+        lab.write_u64(where, lab.read_u64(where) | A | D)
     for level in (PML4, PML4 + 0x1000, *range(PML4 + 0x2000, PML4 + 0x2100, 8)):
-        lab.memory.set_u64(level, lab.memory.u64(level) | A)
+        lab.write_u64(level, lab.read_u64(level) | A)
     for index in range(8):
         where = PML4 + 0x2000 + 8 * index
-        lab.memory.set_u64(where, lab.memory.u64(where) | A | D)
+        lab.write_u64(where, lab.read_u64(where) | A | D)
     table = lab.pte(GVA) & -4096
-    lab.memory.set_u64(lab.pte(GVA), GVA & -4096 | 7 | flags)
-    lab.memory.write(GVA, assemble("ret").bytes)
-    entry = lab.memory.u64(lab.epte(table))
-    lab.memory.set_u64(lab.epte(table), entry & ~7 | rights)
-    lab.ask(("invept", 2))
+    lab.write_u64(lab.pte(GVA), GVA & -4096 | 7 | flags)
+    lab.write(GVA, assemble("ret").bytes)
+    entry = lab.read_u64(lab.nested_entry(table))
+    lab.write_u64(lab.nested_entry(table), entry & ~7 | rights)
+    lab.l1.invept(2)
     return changes
 
 
@@ -361,7 +359,7 @@ def test_a_paging_structure_need_not_be_executable(lab, accessed_dirty, access):
     changes = paging_structure(lab, 3, 0, accessed_dirty)
     run = touch(lab, access, changes, GVA)
     assert (run.reason, run.vector) == (R.VMCALL, None)
-    assert lab.memory.u64(lab.pte(GVA)) & (A | D) == (A | D if access == WRITE else A)
+    assert lab.read_u64(lab.pte(GVA)) & (A | D) == (A | D if access == WRITE else A)
 
 
 def test_a_misconfigured_paging_structure(lab):
@@ -372,9 +370,9 @@ def test_a_misconfigured_paging_structure(lab):
 
 
 def test_a_page_fault_of_l2_comes_before_the_violation_of_the_page(lab):
-    changes = lab.ept() | lab.pages()
+    changes = lab.ept() | {F.GUEST_CR3: lab.pages()}
     target(lab, 12, 0)
-    lab.memory.set_u64(lab.pte(GVA), GVA & -4096)
+    lab.write_u64(lab.pte(GVA), GVA & -4096)
     run = touch(lab, READ, changes, GVA)
     assert run.vector == 14
 
@@ -388,29 +386,29 @@ def test_ept_flags_are_set_as_the_access_needs(lab, shift, access):
     changes = lab.ept(accessed_dirty=True)
     where = target(lab, shift, 7)
     assert touch(lab, access, changes).reason is R.VMCALL
-    assert lab.memory.u64(where) >> 8 & 3 == (3 if access == WRITE else 1)
+    assert lab.read_u64(where) >> 8 & 3 == (3 if access == WRITE else 1)
     if shift == 12:
-        assert lab.memory.u64(EPT + 0x1008) >> 8 & 1
-        assert lab.memory.u64(TABLE1 + (TARGET >> 21 & 511) * 8) >> 8 & 1
-    assert lab.memory.u64(EPT) >> 8 & 1
+        assert lab.read_u64(EPT + 0x1008) >> 8 & 1
+        assert lab.read_u64(TABLE1 + (TARGET >> 21 & 511) * 8) >> 8 & 1
+    assert lab.read_u64(EPT) >> 8 & 1
 
 
 def test_a_page_that_was_read_becomes_dirty_when_it_is_written(lab):
     changes = lab.ept(accessed_dirty=True)
     where = target(lab, 12, 7)
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     lab.run("mov (%rbx), %rax; cpuid; mov %rax, (%rbx)", changes, {"rbx": TARGET})
-    assert lab.memory.u64(where) >> 8 & 3 == 1
+    assert lab.read_u64(where) >> 8 & 3 == 1
     run = lab.resume({F.GUEST_RIP: CODE + 5}, {"rbx": TARGET})
     assert run.reason is R.VMCALL
-    assert lab.memory.u64(where) >> 8 & 3 == 3
+    assert lab.read_u64(where) >> 8 & 3 == 3
 
 
 def test_flags_stay_without_the_eptp_bit(lab):
     changes = lab.ept()
     where = target(lab, 12, 7)
     assert touch(lab, WRITE, changes).reason is R.VMCALL
-    assert lab.memory.u64(where) >> 8 & 3 == 0
+    assert lab.read_u64(where) >> 8 & 3 == 0
 
 
 # -- page-modification logging ---------------------------------------------------------------------
@@ -420,63 +418,56 @@ def pml(lab, index, shift=12):
     changes = lab.ept(accessed_dirty=True)
     where = target(lab, shift, 7)
     for at in (TARGET, STACK - 8, CODE):  # what L2 needs anyhow is dirty already
-        entry = lab.epte(at & 0x3FFF_FFFF, 2)
-        lab.memory.set_u64(entry, lab.memory.u64(entry) | 0x300)
-    entry = lab.epte(0x180000, 2)
-    lab.memory.set_u64(entry, lab.memory.u64(entry) | 0x300)
-    lab.memory.write(PML, bytes(4096))
-    secondary = lab.secondary(enable_pml=1)[F.SECONDARY_CONTROLS] | changes[F.SECONDARY_CONTROLS]
-    changes |= {F.SECONDARY_CONTROLS: secondary, F.PML_ADDRESS: PML, F.PML_INDEX: index}
-    return changes, where
+        entry = lab.nested_entry(at & 0x3FFF_FFFF, 2)
+        lab.write_u64(entry, lab.read_u64(entry) | 0x300)
+    entry = lab.nested_entry(0x180000, 2)
+    lab.write_u64(entry, lab.read_u64(entry) | 0x300)
+    lab.write(PML, bytes(4096))
+    changes |= {F.PML_ADDRESS: PML, F.PML_INDEX: index}
+    return lab.secondary(changes, enable_pml=1), where
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_a_page_that_becomes_dirty_is_logged(lab, shift):
     changes, _ = pml(lab, 511, shift)
-    assert touch(lab, READ, changes)[F.PML_INDEX] == 511
-    run = touch(lab, WRITE, changes)
+    assert touch(lab, READ, changes, reads=[F.PML_INDEX])[F.PML_INDEX] == 511
+    run = touch(lab, WRITE, changes, reads=[F.PML_INDEX])
     assert run.reason is R.VMCALL
     assert run[F.PML_INDEX] == 510
-    assert lab.memory.u64(PML + 8 * 511) == TARGET & -4096
-    assert touch(lab, WRITE, changes)[F.PML_INDEX] == 511
+    assert lab.read_u64(PML + 8 * 511) == TARGET & -4096
+    assert touch(lab, WRITE, changes, reads=[F.PML_INDEX])[F.PML_INDEX] == 511
 
 
 def test_a_full_log_exits_before_the_access(lab):
     changes, where = pml(lab, 0xFFFF)
     run = touch(lab, WRITE, changes)
     assert run.reason is R.PAGE_MODIFICATION_LOG_FULL
-    assert run[F.GUEST_RIP] == CODE
-    assert not lab.memory.u64(where) >> 9 & 1
-    run = lab.resume({F.PML_INDEX: 0}, run.registers)
+    assert run.rip == CODE
+    assert not lab.read_u64(where) >> 9 & 1
+    run = lab.resume({F.PML_INDEX: 0}, run.registers, reads=[F.PML_INDEX])
     assert run.reason is R.VMCALL
     assert run[F.PML_INDEX] == 0xFFFF
-    assert lab.memory.u64(PML) == TARGET & -4096
+    assert lab.read_u64(PML) == TARGET & -4096
 
 
 # -- EPTP switching --------------------------------------------------------------------------------
 
 
 def vm_functions(lab, functions=1):
-    changes = lab.ept()
-    base = changes[F.SECONDARY_CONTROLS]
-    changes |= {
-        F.SECONDARY_CONTROLS: base | lab.secondary(enable_vm_functions=1)[F.SECONDARY_CONTROLS],
-        F.VM_FUNCTION_CONTROLS: functions,
-        F.EPTP_LIST_ADDRESS: EPTP_LIST,
-    }
-    lab.memory.write(EPTP_LIST, bytes(4096))
-    return changes
+    lab.fill(EPTP_LIST, 0x1000)
+    changes = lab.secondary(lab.ept(), enable_vm_functions=1)
+    return changes | {F.VM_FUNCTION_CONTROLS: functions, F.EPTP_LIST_ADDRESS: EPTP_LIST}
 
 
 def test_vmfunc_switches_the_eptp_without_an_exit(lab):
     changes = vm_functions(lab)
     lab.ept(root=EPT2)
-    lab.memory.set_u64(EPT2 + 0x1008, 0xB7)
+    lab.write_u64(EPT2 + 0x1008, 0xB7)
     target(lab, 30, 0)
-    lab.memory.set_u64(EPTP_LIST + 8 * 3, EPT2 | 0x1E)
-    lab.ask(("invept", 2))
+    lab.write_u64(EPTP_LIST + 8 * 3, EPT2 | 0x1E)
+    lab.l1.invept(2)
     source = "xor %eax, %eax; mov $3, %ecx; vmfunc; mov (%rbx), %rax"
-    lab.memory.write(DATA + 0x128, b"switched")
+    lab.write(DATA + 0x128, b"switched")
     run = lab.run(source, changes, {"rbx": TARGET}, reads=[F.EPT_POINTER])
     assert run.reason is R.VMCALL
     assert run.registers["rax"].to_bytes(8, "little") == b"switched"
@@ -489,7 +480,7 @@ def test_vmfunc_switches_the_eptp_without_an_exit(lab):
 )
 def test_a_bad_vmfunc_exits(lab, function, index, eptp):
     changes = vm_functions(lab)
-    lab.memory.set_u64(EPTP_LIST + 8 * 3, eptp)
+    lab.write_u64(EPTP_LIST + 8 * 3, eptp)
     run = lab.run("vmfunc", changes, {"rax": function, "rcx": index})
     assert (run.reason, run.length) == (R.VMFUNC, 3)
 
@@ -515,8 +506,8 @@ def test_a_violation_in_delivery_tells_the_event(lab, kind, vector, length, wher
     """IDT-vectoring information; injected again as it is, the event arrives."""
     changes = lab.ept(12)
     page = IDT if where == "idt" else STACK - 8
-    entry = lab.memory.u64(lab.epte(page))
-    lab.memory.set_u64(lab.epte(page), entry & ~7)
+    entry = lab.read_u64(lab.nested_entry(page))
+    lab.write_u64(lab.nested_entry(page), entry & ~7)
     information = event(vector, kind, error_code=vector == 13)
     changes |= {
         F.ENTRY_INTERRUPTION_INFORMATION: information,
@@ -524,18 +515,18 @@ def test_a_violation_in_delivery_tells_the_event(lab, kind, vector, length, wher
         F.ENTRY_INSTRUCTION_LENGTH: length,
         F.GUEST_RFLAGS: 0x202,
     }
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     run = lab.run("nop; nop", changes)
     assert run.reason is R.EPT_VIOLATION
     assert run[F.IDT_VECTORING_INFORMATION] == information
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
     if vector == 13:
         assert run[F.IDT_VECTORING_ERROR_CODE] == 0x18
     if kind in (4, 6):
         assert run.length == length
     assert run[F.GUEST_PHYSICAL_ADDRESS] & -4096 == page & -4096
     assert run[F.GUEST_LINEAR_ADDRESS] & -4096 == page & -4096
-    lab.memory.set_u64(lab.epte(page), entry)
+    lab.write_u64(lab.nested_entry(page), entry)
     again = {
         F.ENTRY_INTERRUPTION_INFORMATION: run[F.IDT_VECTORING_INFORMATION],
         F.ENTRY_EXCEPTION_ERROR_CODE: run[F.IDT_VECTORING_ERROR_CODE],
@@ -544,7 +535,7 @@ def test_a_violation_in_delivery_tells_the_event(lab, kind, vector, length, wher
     run = lab.resume(again)
     assert run.vector == vector
     frame = run[F.GUEST_RSP] + (8 if vector == 13 else 0)
-    assert lab.memory.u64(frame) == CODE + length
+    assert lab.read_u64(frame) == CODE + length
     assert run[F.IDT_VECTORING_INFORMATION] & VALID == 0
 
 
@@ -554,15 +545,15 @@ def test_a_violation_in_delivery_tells_the_event(lab, kind, vector, length, wher
 )
 def test_an_exception_of_l2s_own_that_meets_a_violation_is_told(lab, source, vector, kind, length):
     changes = lab.ept(12)
-    entry = lab.memory.u64(lab.epte(IDT))
-    lab.memory.set_u64(lab.epte(IDT), entry & ~7)
-    lab.ask(("invept", 2))
+    entry = lab.read_u64(lab.nested_entry(IDT))
+    lab.write_u64(lab.nested_entry(IDT), entry & ~7)
+    lab.l1.invept(2)
     run = lab.run(source, changes, {"rbx": 1 << 40})
-    lab.memory.set_u64(lab.epte(IDT), entry)
+    lab.write_u64(lab.nested_entry(IDT), entry)
     assert run.reason is R.EPT_VIOLATION
     information = run[F.IDT_VECTORING_INFORMATION]
     assert information == event(vector, kind, error_code=vector == 14)
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
     if length:
         assert run.length == length
 
@@ -600,9 +591,9 @@ def test_a_page_outside_ram_reads_as_ones(lab):
 
 def test_cr3_may_point_where_ept_does_not(lab):
     changes = lab.ept()
-    lab.memory.set_u64(EPT + 0x1000 + 8 * 3, 0)
+    lab.write_u64(EPT + 0x1000 + 8 * 3, 0)
     changes[F.GUEST_CR3] = 0xC000_0000
-    lab.ask(("invept", 2))
+    lab.l1.invept(2)
     run = lab.run("nop", changes)
     assert run.reason is R.EPT_VIOLATION
     assert run.qualification == READ | LINEAR

@@ -2,10 +2,11 @@
 in delivery, and injection of each type."""
 
 import pytest
-from vmx_lab import CODE, CS3, DS3, GDT, IDT, STACK, STUBS, VALID, event, gate
+from vmx_lab import CODE, GDT, IDT, STACK, VALID, event
 
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance.lab import gate
 from undervisor.guest.asm import assemble
 
 EXTERNAL, NMI, HARDWARE, SOFTWARE, PRIVILEGED, SOFTWARE_EXCEPTION, OTHER = 0, 2, 3, 4, 5, 6, 7
@@ -32,7 +33,7 @@ def needs(lab, kind):
     if kind == "absent":
         return {}, {"rbx": 1 << 40}
     absent = 0x00CF13000000FFFF if kind == "data" else 0
-    lab.memory.set_u64(GDT + 0x48, absent)
+    lab.write_u64(GDT + 0x48, absent)
     return {}, {}
 
 
@@ -43,14 +44,14 @@ def test_an_exception_exits_exactly_if_its_bit_is_set(lab, row):
     run = lab.run(source, changes | {F.EXCEPTION_BITMAP: 0xFFFFFFFF & ~(1 << vector)}, registers)
     assert run.vector == vector
     if code is not None:
-        assert lab.memory.u64(run[F.GUEST_RSP]) == code
+        assert lab.read_u64(run[F.GUEST_RSP]) == code
     run = lab.run(source, changes | {F.EXCEPTION_BITMAP: 1 << vector}, registers)
     assert run.intercepted == vector
     assert run[F.EXIT_INTERRUPTION_INFORMATION] == event(
         vector, HARDWARE, error_code=code is not None
     )
     assert run[F.EXIT_INTERRUPTION_ERROR_CODE] == (code or 0)
-    assert run[F.GUEST_RIP] == CODE + source_length(source)
+    assert run.rip == CODE + source_length(source)
     assert run[F.GUEST_RFLAGS] & RF
     assert run[F.IDT_VECTORING_INFORMATION] & VALID == 0
     assert run[F.GUEST_RSP] == STACK
@@ -64,11 +65,11 @@ def source_length(source):
 
 
 def test_a_page_fault_that_exits_leaves_cr2_alone(lab):
-    lab.ask(("write_cr", 2, 0x5555))
+    lab.l1.write_cr(2, 0x5555)
     lab.run("mov (%rbx), %al", {F.EXCEPTION_BITMAP: 1 << 14}, {"rbx": 1 << 40})
-    assert lab.ask(("read_cr", 2))[0].value == 0x5555
+    assert lab.l1.read_cr(2).value == 0x5555
     lab.run("mov (%rbx), %al", None, {"rbx": 1 << 40})
-    assert lab.ask(("read_cr", 2))[0].value == 1 << 40
+    assert lab.l1.read_cr(2).value == 1 << 40
 
 
 @pytest.mark.parametrize("bit", [0, 1])
@@ -103,7 +104,7 @@ def test_a_general_protection_fault_of_an_instruction_that_l0_emulates_can_exit(
         run = lab.run(source, changes, {"rbx": 16})
         assert run.intercepted == 13, source
         assert run[F.EXIT_INTERRUPTION_ERROR_CODE] == 0
-        assert run[F.GUEST_RIP] == CODE + source_length(source)
+        assert run.rip == CODE + source_length(source)
 
 
 # -- software exceptions and interrupts ------------------------------------------------------------
@@ -112,53 +113,53 @@ def test_a_general_protection_fault_of_an_instruction_that_l0_emulates_can_exit(
 def test_int3_is_a_software_exception(lab):
     run = lab.run("nop; int3", {F.EXCEPTION_BITMAP: 1 << 3})
     assert run[F.EXIT_INTERRUPTION_INFORMATION] == event(3, SOFTWARE_EXCEPTION)
-    assert (run[F.GUEST_RIP], run.length) == (CODE + 1, 1)
+    assert (run.rip, run.length) == (CODE + 1, 1)
     assert not run[F.GUEST_RFLAGS] & RF
     run = lab.run("nop; int3", {F.EXCEPTION_BITMAP: 0xFFFFFFF7})
     assert run.vector == 3
-    assert lab.memory.u64(run[F.GUEST_RSP]) == CODE + 2
+    assert lab.read_u64(run[F.GUEST_RSP]) == CODE + 2
 
 
 @pytest.mark.parametrize("number", [3, 4, 1, 13, 14, 0x30])
 def test_int_n_is_no_exception(lab, number):
     run = lab.run(f".byte 0xcd, {number}", {F.EXCEPTION_BITMAP: 0xFFFFFFFF})
     assert run.vector == number
-    assert lab.memory.u64(run[F.GUEST_RSP]) == CODE + 2
+    assert lab.read_u64(run[F.GUEST_RSP]) == CODE + 2
 
 
 def test_icebp_is_a_privileged_software_exception(lab):
     run = lab.run(".byte 0xf1", {F.EXCEPTION_BITMAP: 2})
     assert run[F.EXIT_INTERRUPTION_INFORMATION] == event(1, PRIVILEGED)
-    assert (run[F.GUEST_RIP], run.length) == (CODE, 1)
+    assert (run.rip, run.length) == (CODE, 1)
     run = lab.run(".byte 0xf1", {F.EXCEPTION_BITMAP: 0xFFFFFFFD})
     assert run.vector == 1
-    assert lab.memory.u64(run[F.GUEST_RSP]) == CODE + 1
+    assert lab.read_u64(run[F.GUEST_RSP]) == CODE + 1
 
 
 def test_int_n_of_ring_3_needs_the_gates_privilege(lab):
-    lab.memory.write(IDT + 16 * 0x31, gate(STUBS + 16 * 0x31, dpl=0))
-    source = f"push ${DS3}; push $0x652ff0; pushfq; push ${CS3}; push $1f; iretq; 1: int $0x31"
-    run = lab.run(source, lab.pages())
+    lab.write(IDT + 16 * 0x31, gate(lab.stub(0x31), dpl=0))
+    source = "push $DS3; push $USER_STACK + 0xff0; pushfq; push $CS3; push $1f; iretq; 1: int $0x31"
+    run = lab.run(source, {F.GUEST_CR3: lab.pages()})
     assert run.vector == 13
-    assert lab.memory.u64(run[F.GUEST_RSP]) == 0x31 << 3 | 2
+    assert lab.read_u64(run[F.GUEST_RSP]) == 0x31 << 3 | 2
 
 
 # -- debug exceptions ------------------------------------------------------------------------------
 
 
 def test_a_single_step_is_told_in_the_qualification_and_not_in_dr6(lab):
-    lab.ask(("write_dr", 6, 0))
+    lab.l1.write_dr(6, 0)
     source = "pushfq; orl $0x100, (%rsp); popfq; nop; nop"
     run = lab.run(source, {F.EXCEPTION_BITMAP: 2})
     assert run.intercepted == 1
     assert run.qualification == 1 << 14
-    assert lab.ask(("read_dr", 6))[0].value == 0xFFFF0FF0
+    assert lab.l1.read_dr(6).value == 0xFFFF0FF0
     at = len(assemble("pushfq; orl $0x100, (%rsp); popfq; nop").bytes)
-    assert run[F.GUEST_RIP] == CODE + at
+    assert run.rip == CODE + at
     run = lab.run(source)
     assert run.vector == 1
-    assert lab.ask(("read_dr", 6))[0].value >> 14 & 1
-    lab.ask(("write_dr", 6, 0))
+    assert lab.l1.read_dr(6).value >> 14 & 1
+    lab.l1.write_dr(6, 0)
 
 
 def test_a_single_step_over_an_instruction_that_l0_emulates(lab):
@@ -167,14 +168,14 @@ def test_a_single_step_over_an_instruction_that_l0_emulates(lab):
         run = lab.run(source, changes | {F.EXCEPTION_BITMAP: 2})
         assert (run.intercepted, run.qualification) == (1, 1 << 14)
         at = len(assemble("pushfq; orl $0x100, (%rsp); popfq; mov %cr0, %rax").bytes)
-        assert run[F.GUEST_RIP] == CODE + at
+        assert run.rip == CODE + at
 
 
 def test_general_detect_is_told_too(lab):
     changes = lab.on_entry(load_debug_controls=1) | {F.GUEST_DR7: 0x2400, F.EXCEPTION_BITMAP: 2}
     run = lab.run("mov %db0, %rax", changes)
     assert (run.intercepted, run.qualification) == (1, 1 << 13)
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
 
 
 # -- faults in delivery ----------------------------------------------------------------------------
@@ -182,14 +183,14 @@ def test_general_detect_is_told_too(lab):
 
 def broken_gate(lab, *vectors):
     for vector in vectors:
-        lab.memory.write(IDT + 16 * vector, bytes(16))
+        lab.write(IDT + 16 * vector, bytes(16))
 
 
 @pytest.fixture(autouse=True)
 def _whole(lab):
     yield
     for vector in range(256):
-        lab.memory.write(IDT + 16 * vector, gate(STUBS + 16 * vector, dpl=3))
+        lab.write(IDT + 16 * vector, gate(lab.stub(vector), dpl=3))
 
 
 def test_a_fault_in_delivery_tells_the_first_event(lab):
@@ -198,7 +199,7 @@ def test_a_fault_in_delivery_tells_the_first_event(lab):
     assert run.intercepted == 13
     assert run[F.EXIT_INTERRUPTION_ERROR_CODE] == 6 << 3 | 3
     assert run[F.IDT_VECTORING_INFORMATION] == event(6, HARDWARE)
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
 
 
 def test_a_double_fault_exits_if_its_bit_is_set(lab):
@@ -233,7 +234,7 @@ def test_a_page_fault_in_delivery_of_a_software_interrupt(lab):
     run = lab.run("int $0x40", changes)
     assert run.intercepted == 14
     assert run[F.IDT_VECTORING_INFORMATION] == event(0x40, SOFTWARE)
-    assert (run[F.GUEST_RIP], run.length) == (CODE, 2)
+    assert (run.rip, run.length) == (CODE, 2)
     again = {
         F.ENTRY_INTERRUPTION_INFORMATION: run[F.IDT_VECTORING_INFORMATION],
         F.ENTRY_INSTRUCTION_LENGTH: run.length,
@@ -241,7 +242,7 @@ def test_a_page_fault_in_delivery_of_a_software_interrupt(lab):
     }
     run = lab.resume(again)
     assert run.vector == 0x40
-    assert lab.memory.u64(run[F.GUEST_RSP]) == CODE + 2
+    assert lab.read_u64(run[F.GUEST_RSP]) == CODE + 2
 
 
 # -- injection -------------------------------------------------------------------------------------
@@ -274,26 +275,26 @@ def test_an_injected_event_is_delivered(lab, vector, kind, length):
     assert run[F.ENTRY_INTERRUPTION_INFORMATION] & VALID == 0
     frame = run[F.GUEST_RSP]
     if has_code:
-        assert lab.memory.u64(frame) == 0x38
+        assert lab.read_u64(frame) == 0x38
         frame += 8
-    assert lab.memory.u64(frame) == CODE + length
-    assert lab.memory.u64(frame + 24) == STACK
+    assert lab.read_u64(frame) == CODE + length
+    assert lab.read_u64(frame + 24) == STACK
     if kind != HARDWARE or vector in (1, 2):
-        assert not lab.memory.u64(frame + 16) & RF
-    run = lab.resume({F.GUEST_RIP: run[F.GUEST_RIP] + 3, F.GUEST_RSP: frame})
+        assert not lab.read_u64(frame + 16) & RF
+    run = lab.resume({F.GUEST_RIP: run.rip + 3, F.GUEST_RSP: frame})
     assert run.reason is R.HLT
-    assert run[F.GUEST_RIP] == CODE + 2
+    assert run.rip == CODE + 2
 
 
 def test_cr2_is_l1s_to_set_when_it_injects_a_page_fault(lab):
-    lab.ask(("write_cr", 2, 0x123000))
+    lab.l1.write_cr(2, 0x123000)
     changes = {
         F.ENTRY_INTERRUPTION_INFORMATION: event(14, HARDWARE, error_code=True),
         F.ENTRY_EXCEPTION_ERROR_CODE: 2,
     }
     run = lab.run("nop", changes)
     assert run.vector == 14
-    assert lab.ask(("read_cr", 2))[0].value == 0x123000
+    assert lab.l1.read_cr(2).value == 0x123000
 
 
 def test_an_injected_event_ends_the_halt_state(lab):
@@ -320,5 +321,5 @@ def test_an_injected_exception_whose_delivery_faults_becomes_a_double_fault(lab)
 def test_a_pending_debug_exception_is_delivered_after_entry(lab):
     pending = {F.GUEST_PENDING_DEBUG_EXCEPTIONS: 1 << 14 | 1 << 12, F.GUEST_RFLAGS: 0x102}
     run = lab.run("nop; nop", pending | {F.EXCEPTION_BITMAP: 2})
-    assert (run.intercepted, run[F.GUEST_RIP]) == (1, CODE)
+    assert (run.intercepted, run.rip) == (1, CODE)
     assert run.qualification & 1 << 14

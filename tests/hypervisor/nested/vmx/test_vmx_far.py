@@ -12,21 +12,20 @@ FAR = 1 << 39
 @pytest.mark.parametrize("rights", [0, 1, 7])
 def test_a_guest_physical_address_far_above_l1s_memory(lab, rights):
     """L2's own tables lead there, and EPT brings it back into RAM."""
-    changes = lab.ept() | lab.pages()
+    changes = lab.ept() | {F.GUEST_CR3: lab.pages()}
     gva = DATA
-    lab.memory.set_u64(lab.pte(gva), FAR | 0x67)
-    for table in (EPT2, EPT2 + 0x1000, EPT2 + 0x2000):
-        lab.memory.write(table, bytes(4096))
-    lab.memory.set_u64(EPT + 8, EPT2 | 7)
-    lab.memory.set_u64(EPT2, (EPT2 + 0x1000) | 7)
-    lab.memory.set_u64(EPT2 + 0x1000, (EPT2 + 0x2000) | 7)
-    lab.memory.set_u64(EPT2 + 0x2000, DATA | 0x30 | rights)
-    lab.memory.write(DATA + 8, b"far away")
-    lab.ask(("invept", 2))
+    lab.write_u64(lab.pte(gva), FAR | 0x67)
+    lab.fill(EPT2, 0x3000)
+    lab.write_u64(EPT + 8, EPT2 | 7)
+    lab.write_u64(EPT2, (EPT2 + 0x1000) | 7)
+    lab.write_u64(EPT2 + 0x1000, (EPT2 + 0x2000) | 7)
+    lab.write_u64(EPT2 + 0x2000, DATA | 0x30 | rights)
+    lab.write(DATA + 8, b"far away")
+    lab.l1.invept(2)
     run = lab.run("mov 8(%rbx), %rax; mov %rax, 16(%rbx)", changes, {"rbx": gva})
     if rights == 7:
         assert run.reason is R.VMCALL
-        assert lab.memory.read(DATA + 16, 8) == b"far away"
+        assert lab.read(DATA + 16, 8) == b"far away"
         return
     assert run.reason is R.EPT_VIOLATION
     assert run[F.GUEST_PHYSICAL_ADDRESS] == FAR + (16 if rights else 8)

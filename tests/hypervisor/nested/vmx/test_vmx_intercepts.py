@@ -43,12 +43,12 @@ CONTROLLED = [
 
 def registers(lab, source):
     """Operands under which each instruction of the table works."""
-    lab.memory.write(DATA, bytes(64))
-    lab.memory.set_u64(DATA + 64, 0x4F | GDT << 16)
-    lab.memory.set_u64(DATA + 72, GDT >> 48)
+    lab.write(DATA, bytes(64))
+    lab.write_u64(DATA + 64, 0x4F | GDT << 16)
+    lab.write_u64(DATA + 72, GDT >> 48)
     if source.startswith("lidt"):
-        lab.memory.set_u64(DATA + 64, 0xFFF | lab.fields[F.GUEST_IDTR_BASE] << 16)
-    lab.memory.write(GDT + 0x40 + 5, b"\x89")  # the TSS is available
+        lab.write_u64(DATA + 64, 0xFFF | lab.fields[F.GUEST_IDTR_BASE] << 16)
+    lab.write(GDT + 0x40 + 5, b"\x89")  # the TSS is available
     values = {"rbx": DATA, "rsi": DATA + 64, "rcx": 0, "rdx": 0, "rax": 0x400}
     if "cr3" in source:
         values["rbx"] = lab.facts.l1.cr3
@@ -70,13 +70,19 @@ def test_an_instruction_exits_exactly_if_its_control_is_1(lab, row):
     run = lab.run(source, on, values)
     assert run.reason is reason
     assert run.length == length
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
     if source == "hlt":
         return
     off = base | {word_field: base[word_field] & ~mask}
     run = lab.run(source, off, registers(lab, source))
     assert (run.reason, run.vector) == (R.VMCALL, None)
-    assert run[F.GUEST_RIP] == CODE + length
+    assert run.rip == CODE + length
+
+
+def test_secondary_controls_do_nothing_unless_they_are_activated(lab):
+    controls = lab.primary(lab.secondary(wbinvd_exiting=1), activate_secondary_controls=0)
+    run = lab.run("wbinvd", controls)
+    assert (run.reason, run.vector) == (R.VMCALL, None)
 
 
 def test_rdpmc_exits_if_asked_and_faults_without_counters(lab):
@@ -108,10 +114,10 @@ def test_an_instruction_always_exits(lab, source, length, reason):
     run = lab.run(source, lab.primary(hlt_exiting=0), {"rbx": DATA})
     assert run.reason is reason
     assert run.length == length
-    assert run[F.GUEST_RIP] == CODE
+    assert run.rip == CODE
 
 
-RING3 = "push $0x3b; push $0x652ff0; pushfq; push $0x33; push $1f; iretq; 1: "
+RING3 = "push $0x3b; push $USER_STACK + 0xff0; pushfq; push $0x33; push $1f; iretq; 1: "
 
 
 @pytest.mark.parametrize("source", [r[0] for r in ALWAYS if r[0].startswith(("vm", "inv"))])
@@ -126,7 +132,7 @@ def test_a_vmx_instruction_exits_from_ring_3_too(lab, source):
 
 
 def lab_user(lab):
-    return lab.pages()
+    return {F.GUEST_CR3: lab.pages()}
 
 
 @pytest.mark.parametrize(
@@ -191,8 +197,8 @@ def test_monitor_and_mwait_of_ring_3_are_undefined(lab):
     ],
 )
 def test_an_instruction_is_undefined_unless_enabled(lab, source, control):
-    lab.memory.write(DATA, bytes(1024))
-    lab.memory.set_u64(DATA + 520, 1 << 63)
+    lab.write(DATA, bytes(1024))
+    lab.write_u64(DATA + 520, 1 << 63)
     cr4 = {F.GUEST_CR4: lab.fields[F.GUEST_CR4] | 1 << 18}
     values = {"rbx": DATA, "rdx": 2 if "pcid" in source else 0, "rax": 0}
     assert lab.run(source, lab.secondary(**{control: 0}) | cr4, values).vector == 6
@@ -369,17 +375,13 @@ def test_io_bitmaps_decide_port_by_port(lab, port, bits):
     controls = lab.primary(use_io_bitmaps=1, unconditional_io_exiting=1)
     register = {8: "al", 16: "ax", 32: "eax"}[bits]
     source = f"out %{register}, %dx"
-    for page in (0x614000, 0x615000):
-        lab.memory.write(page, bytes(4096))
+    lab.fill(lab.places.io, 0x2000)
     if port + size <= 0x10000 and port not in (0, 0x7FFC):
         run = lab.run(source, controls, {"rdx": port})
         assert run.reason is R.VMCALL
-    last = port + size - 1
-    lab.memory.write(0x614000 + last // 8 if last < 0x8000 else 0x615000 + (last - 0x8000) // 8,
-                     bytes([1 << last % 8]))  # fmt: skip
+    lab.set_bit(lab.places.io, port + size - 1)
     run = lab.run(source, controls, {"rdx": port})
-    for page in (0x614000, 0x615000):
-        lab.memory.write(page, bytes(4096))
+    lab.fill(lab.places.io, 0x2000)
     assert run.reason is R.IO_INSTRUCTION
 
 
@@ -400,11 +402,11 @@ def test_an_access_that_wraps_the_io_space_exits(lab):
 def test_the_msr_bitmap_decides_msr_by_msr(lab, msr, offset, write):
     controls = lab.primary(use_msr_bitmaps=1)
     offset += 0x800 * write
-    where = 0x616000 + offset + (msr & 0x1FFF) // 8
-    lab.memory.write(where, bytes([1 << msr % 8]))
+    where = lab.places.msr + offset
+    lab.set_bit(where, msr & 0x1FFF)
     source = "wrmsr" if write else "rdmsr"
     run = lab.run(source, controls, {"rcx": msr})
-    lab.memory.write(where, b"\0")
+    lab.set_bit(where, msr & 0x1FFF, False)
     assert (run.reason, run.length) == (R.WRMSR if write else R.RDMSR, 2)
     if msr in (0x174, 0xC0000080) and not write:
         assert lab.run(source, controls, {"rcx": msr}).reason is R.VMCALL

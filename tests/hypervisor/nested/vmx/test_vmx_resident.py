@@ -1,10 +1,10 @@
 """Guest state that stays in the processor between an exit and the next entry is the VMCS's."""
 
-from vmx_lab import CODE, CS32, DATA, DS, EPT2, PML4, VMCS, VMCS2
+from vmx_lab import CODE, DATA, EPT2, PML4, VMCS, VMCS2
 
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.guest.probe.client import Batch
+from undervisor.conformance.places import CS32, DS
 
 TO_32 = f"push ${CS32}; push $1f; lretq; .code32; 1: cpuid; inc %edx; cpuid; .code64"
 
@@ -16,7 +16,7 @@ def test_rules_see_the_mode_that_l2_has_changed_to(lab):
     failed = lab.resume({F.GUEST_RIP: 1 << 33})
     assert failed.failed_entry
     assert failed[F.EXIT_REASON] & 0xFFFF == R.ENTRY_FAILURE_INVALID_GUEST_STATE
-    again = lab.resume({F.GUEST_RIP: run[F.GUEST_RIP] + 2}, {"rdx": 5})
+    again = lab.resume({F.GUEST_RIP: run.rip + 2}, {"rdx": 5})
     assert (again.reason, again.registers["rdx"]) == (R.CPUID, 6)
     assert again[F.GUEST_CS_SELECTOR] == CS32
 
@@ -24,15 +24,15 @@ def test_rules_see_the_mode_that_l2_has_changed_to(lab):
 def test_state_survives_a_resume_that_fails(lab):
     run = lab.run(f"mov ${DS}, %eax; mov %eax, %fs; cpuid; mov %fs, %ebx; cpuid")
     assert lab.resume({F.GUEST_RFLAGS: 0}).failed_entry
-    assert lab.resume({F.HOST_CS_SELECTOR: 0, F.GUEST_RFLAGS: 2}).error == 8
+    assert lab.resume({F.HOST_CS_SELECTOR: 0, F.GUEST_RFLAGS: 2}).result.error == 8
     host = {F.HOST_CS_SELECTOR: lab.fields[F.HOST_CS_SELECTOR]}
-    run = lab.resume(host | {F.GUEST_RIP: run[F.GUEST_RIP] + 2})
+    run = lab.resume(host | {F.GUEST_RIP: run.rip + 2})
     assert (run.reason, run.registers["rbx"]) == (R.CPUID, DS)
 
 
 def test_a_field_read_before_and_after_a_change_by_l2(lab):
-    run = lab.run("cpuid; mov $0x660000, %eax; mov %rax, %cr3; cpuid", lab.pages() | {
-        F.GUEST_CR3: lab.facts.l1.cr3})  # fmt: skip
+    lab.pages()
+    run = lab.run("cpuid; mov $PML4, %eax; mov %rax, %cr3; cpuid")
     assert run[F.GUEST_CR3] == lab.facts.l1.cr3
     run = lab.skip(run)
     assert run[F.GUEST_CR3] == PML4
@@ -40,7 +40,7 @@ def test_a_field_read_before_and_after_a_change_by_l2(lab):
 
 def test_a_partial_write_of_a_segment_keeps_the_rest_of_it(lab):
     run = lab.run(f"mov ${DS}, %eax; mov %eax, %gs; cpuid; mov %gs:0x10, %rbx; cpuid")
-    lab.memory.write(DATA + 0x10, b"based...")
+    lab.write(DATA + 0x10, b"based...")
     run = lab.skip(run, {F.GUEST_GS_BASE: DATA}, reads=[F.GUEST_GS_SELECTOR])
     assert run.registers["rbx"].to_bytes(8, "little") == b"based..."
     assert run[F.GUEST_GS_SELECTOR] == DS
@@ -53,7 +53,7 @@ def test_controls_changed_between_two_entries_take_effect(lab):
     assert run.reason is R.CPUID
     rip = {F.GUEST_RIP: CODE + 1}
     run = lab.resume(lab.primary(rdtsc_exiting=1) | rip)
-    assert (run.reason, run[F.GUEST_RIP]) == (R.RDTSC, CODE + 1)
+    assert (run.reason, run.rip) == (R.RDTSC, CODE + 1)
     run = lab.resume(lab.primary(rdtsc_exiting=0))
     assert run.reason is R.CPUID
 
@@ -68,48 +68,48 @@ def test_two_l2s_in_turn_keep_their_state_and_their_tables_apart(lab):
     """Two VMCSs, each with its own EPT, registers in memory only: ten rounds."""
     first = lab.ept()
     second = lab.ept(root=EPT2)
-    lab.memory.set_u32(VMCS2, int(lab.vcpu.model.vmx.basic.revision))
+    lab.write_u32(VMCS2, int(lab.vcpu.model.vmx.basic.revision))
     lab.code("1: inc %rax; mov %rax, (%rbx); cpuid; jmp 1b")
     fields = {VMCS: lab.fields | first, VMCS2: lab.fields | second}
-    batch = Batch()
     for vmcs in (VMCS, VMCS2):
-        batch.vmclear(vmcs)
-        batch.vmptrld(vmcs)
-        writes = lab._vmwrites(batch, fields[vmcs])
-        lab.probe.run(batch)
+        with lab.batch() as batch:
+            batch.vmclear(vmcs)
+            batch.vmptrld(vmcs)
+            writes = batch.vmwrites(fields[vmcs], lab.places.scratch)
         assert writes.value[0] == len(fields[vmcs])
-        batch = Batch()
     values = {VMCS: 100, VMCS2: 200}
     for turn in range(10):
         for index, vmcs in enumerate((VMCS, VMCS2)):
-            batch = Batch()
-            batch.vmptrld(vmcs)
             registers = {"rax": values[vmcs], "rbx": DATA + 8 * index}
-            run = batch.vmx_run(registers, resume=turn > 0)
-            rip = batch.vmread(F.GUEST_RIP)
-            reason = batch.vmread(F.EXIT_REASON)
-            lab.probe.run(batch)
+            with lab.batch() as batch:
+                batch.vmptrld(vmcs)
+                run = batch.vmx_run(registers, resume=turn > 0)
+                rip, reason = batch.vmread(F.GUEST_RIP), batch.vmread(F.EXIT_REASON)
             assert run.value.result.succeeded
             assert reason.value.value == R.CPUID
             values[vmcs] += 1
-            assert lab.memory.u64(DATA + 8 * index) == values[vmcs]
-            lab.ask(("vmwrite", F.GUEST_RIP, rip.value.value + 2))
-    lab.ask(("vmclear", VMCS2), ("vmptrld", VMCS))
+            assert lab.read_u64(DATA + 8 * index) == values[vmcs]
+            lab.l1.vmwrite(F.GUEST_RIP, rip.value.value + 2)
+    lab.l1.vmclear(VMCS2)
+    lab.l1.vmptrld(VMCS)
 
 
 def test_a_vmcs_that_was_cleared_in_between_keeps_its_guest_state(lab):
     run = lab.run(f"mov ${DS}, %eax; mov %eax, %es; cpuid; mov %es, %ebx; cpuid", {
         F.GUEST_ES_SELECTOR: 0, F.GUEST_ES_ACCESS_RIGHTS: 1 << 16})  # fmt: skip
-    lab.ask(("vmclear", VMCS), ("vmptrld", VMCS))
-    lab.launched = False
-    run = lab.skip(run)
+    with lab.batch() as batch:
+        batch.vmclear(VMCS)
+        batch.vmptrld(VMCS)
+        batch.vmwrite(F.GUEST_RIP, run.rip + run.length)
+        run = lab.plan_entry(batch, run.registers, resume=False)
     assert (run.reason, run.registers["rbx"]) == (R.CPUID, DS)
 
 
 def test_l1_may_change_its_own_registers_while_l2_rests(lab):
     """CR2, debug registers and MSRs that no transition switches are one set for both."""
     run = lab.run("cpuid; mov %cr2, %rax; mov %db1, %rbx; cpuid")
-    lab.ask(("write_cr", 2, 0xABC000), ("write_dr", 1, 0x5678))
+    lab.l1.write_cr(2, 0xABC000)
+    lab.l1.write_dr(1, 0x5678)
     run = lab.skip(run)
     assert (run.registers["rax"], run.registers["rbx"]) == (0xABC000, 0x5678)
 

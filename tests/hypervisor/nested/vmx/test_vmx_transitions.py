@@ -5,21 +5,20 @@ import struct
 import pytest
 from vmx_lab import (
     CODE,
-    CS16,
-    CS32,
     DATA,
-    DS,
-    DS16,
     EPT,
     GDT,
     MSR_LIST,
     MSR_LIST2,
     PD,
     PDPT,
+    PML4,
+    READ_BITMAP,
     SHADOW,
     STACK,
     VALID,
     VMCS,
+    WRITE_BITMAP,
     Lab,
     event,
 )
@@ -27,6 +26,7 @@ from vmx_lab import (
 from undervisor.arch.vmx.controls import EntryControls, ExitControls
 from undervisor.arch.vmx.exits import ExitReason as R
 from undervisor.arch.vmx.fields import VmcsField as F
+from undervisor.conformance.places import CS16, CS32, DS, DS16
 from undervisor.guest.asm import assemble
 from undervisor.guest.probe.answers import VmxOutcome
 
@@ -51,8 +51,8 @@ def test_efer_is_loaded_saved_and_restored(lab):
     )
     assert run.registers["rbx"] == guest
     assert run[F.GUEST_EFER] == guest ^ SCE
-    after = lab.ask(("rdmsr", EFER), ("wrmsr", EFER, host))[0].value
-    assert after == host ^ NXE
+    assert lab.l1.rdmsr(EFER).value == host ^ NXE
+    lab.l1.wrmsr(EFER, host)
 
 
 def test_efer_of_l1_without_the_controls(lab):
@@ -61,21 +61,21 @@ def test_efer_of_l1_without_the_controls(lab):
     run = lab.run("mov $0xc0000080, %ecx; rdmsr", controls | {F.GUEST_EFER: 0})
     assert run.registers["rax"] == host | LMA | LME
     assert run[F.GUEST_EFER] == 0
-    assert lab.ask(("rdmsr", EFER))[0].value == host
+    assert lab.l1.rdmsr(EFER).value == host
 
 
 def test_l2_resumes_with_the_efer_that_l1_has_by_then(lab):
     host = lab.facts.l1.efer
     controls = lab.primary(use_msr_bitmaps=1)
     lab.run("1: mov $0xc0000080, %ecx; rdmsr; vmcall; jmp 1b", controls)
-    lab.ask(("wrmsr", EFER, host ^ SCE))
+    lab.l1.wrmsr(EFER, host ^ SCE)
     run = lab.resume({F.GUEST_RIP: CODE})
-    lab.ask(("wrmsr", EFER, host))
+    lab.l1.wrmsr(EFER, host)
     assert run.registers["rax"] == (host | LMA | LME) ^ SCE
 
 
 def test_pat_is_loaded_saved_and_restored(lab):
-    before = lab.ask(("rdmsr", PAT))[0].value
+    before = lab.l1.rdmsr(PAT).value
     controls = lab.on_entry(load_pat=1) | lab.on_exit(save_pat=1, load_pat=1)
     controls |= lab.primary(use_msr_bitmaps=1)
     run = lab.run(
@@ -84,18 +84,19 @@ def test_pat_is_loaded_saved_and_restored(lab):
     )
     assert run.registers["rbx"] == 0x04040404
     assert run[F.GUEST_PAT] == 0x0606060606060606
-    after = lab.ask(("rdmsr", PAT), ("wrmsr", PAT, before))[0].value
-    assert after == 0x0505050500000000
+    assert lab.l1.rdmsr(PAT).value == 0x0505050500000000
+    lab.l1.wrmsr(PAT, before)
 
 
 def test_pat_is_shared_without_the_controls(lab):
-    before = lab.ask(("rdmsr", PAT))[0].value
+    before = lab.l1.rdmsr(PAT).value
     run = lab.run(
         "mov $0x277, %ecx; xor %eax, %eax; xor %edx, %edx; wrmsr",
         lab.primary(use_msr_bitmaps=1) | {F.GUEST_PAT: 0x0101010101010101},
     )
     assert run[F.GUEST_PAT] == 0x0101010101010101
-    assert lab.ask(("rdmsr", PAT), ("wrmsr", PAT, before))[0].value == 0
+    assert lab.l1.rdmsr(PAT).value == 0
+    lab.l1.wrmsr(PAT, before)
 
 
 def test_sysenter_msrs_are_switched(lab):
@@ -105,20 +106,22 @@ def test_sysenter_msrs_are_switched(lab):
     host = dict(zip((F.HOST_SYSENTER_CS, F.HOST_SYSENTER_ESP, F.HOST_SYSENTER_EIP),
                     msrs.values(), strict=True))  # fmt: skip
     source = "mov $0x174, %ecx; rdmsr; mov %eax, %ebx; mov $0x175, %ecx; rdmsr; inc %eax; wrmsr"
-    run = lab.run(source, guest | host | lab.primary(use_msr_bitmaps=1))
+    run = lab.run(
+        source, guest | host | lab.primary(use_msr_bitmaps=1), reads=[F.GUEST_SYSENTER_ESP]
+    )
     assert run.registers["rbx"] == 0x10
     assert run[F.GUEST_SYSENTER_ESP] == 0x5001
-    assert [a.value for a in lab.ask(*(("rdmsr", m) for m in msrs))] == list(msrs.values())
+    assert {msr: lab.l1.rdmsr(msr).value for msr in msrs} == msrs
 
 
 @pytest.mark.parametrize("msr", [STAR, LSTAR, KERNEL_GS, 0xC0000103])
 def test_other_msrs_are_shared(lab, msr):
-    lab.ask(("wrmsr", msr, 0x1000))
+    lab.l1.wrmsr(msr, 0x1000)
     source = f"mov ${msr:#x}, %ecx; rdmsr; mov %eax, %ebx; mov $0x2000, %eax; xor %edx, %edx; wrmsr"
     run = lab.run(source, lab.primary(use_msr_bitmaps=1))
     assert run.registers["rbx"] == 0x1000
-    assert lab.ask(("rdmsr", msr))[0].value == 0x2000
-    lab.ask(("wrmsr", msr, 0))
+    assert lab.l1.rdmsr(msr).value == 0x2000
+    lab.l1.wrmsr(msr, 0)
 
 
 # -- host state ------------------------------------------------------------------------------------
@@ -130,18 +133,18 @@ def test_host_segments_and_tables_are_the_vmcss(lab):
         F.HOST_ES_SELECTOR: 0, F.HOST_DS_SELECTOR: 0,
     }  # fmt: skip
     lab.run("cpuid", host)
-    assert lab.ask(("rdmsr", 0xC0000100), ("rdmsr", 0xC0000101))[0].value == 0x1234_5000
-    assert lab.ask(("rdmsr", 0xC0000101))[0].value == NONE - 0xFFF
+    assert lab.l1.rdmsr(0xC0000100).value == 0x1234_5000
+    assert lab.l1.rdmsr(0xC0000101).value == NONE - 0xFFF
     code = "mov %ds, %eax; mov %es, %ecx; mov %fs, %edx; mov %ss, %ebx; str %esi; sldt %edi"
     found = lab.call(code, {}).value.registers
     assert [found[r] for r in ("rax", "rcx", "rdx", "rdi")] == [0, 0, DS, 0]
     assert found["rbx"] == lab.fields[F.HOST_SS_SELECTOR]
     assert found["rsi"] == lab.fields[F.HOST_TR_SELECTOR]
-    lab.memory.write(DATA, bytes(64))
+    lab.write(DATA, bytes(64))
     lab.call("sgdt (%rbx); sidt 16(%rbx)", {"rbx": DATA})
-    limit, base = struct.unpack("<HQ", lab.memory.read(DATA, 10))
+    limit, base = struct.unpack("<HQ", lab.read(DATA, 10))
     assert (limit, base) == (0xFFFF, lab.fields[F.HOST_GDTR_BASE])
-    limit, base = struct.unpack("<HQ", lab.memory.read(DATA + 16, 10))
+    limit, base = struct.unpack("<HQ", lab.read(DATA + 16, 10))
     assert (limit, base) == (0xFFFF, lab.fields[F.HOST_IDTR_BASE])
 
 
@@ -156,17 +159,16 @@ def test_host_rflags_are_clear_after_an_exit(lab):
 def test_host_cr4_and_cr0_come_from_the_vmcs(lab):
     l1 = lab.facts.l1
     lab.run("cpuid", {F.HOST_CR4: l1.cr4 | 1 << 9 | 1 << 2, F.HOST_CR0: l1.cr0 | 8})
-    cr0, cr4 = (a.value for a in lab.ask(("read_cr", 0), ("read_cr", 4)))
-    assert cr0 & 8
-    assert cr4 == l1.cr4 | 1 << 9 | 1 << 2
+    assert lab.l1.read_cr(0).value & 8
+    assert lab.l1.read_cr(4).value == l1.cr4 | 1 << 9 | 1 << 2
     lab.run("cpuid")
-    assert [a.value for a in lab.ask(("read_cr", 0), ("read_cr", 4))] == [l1.cr0, l1.cr4]
+    assert [lab.l1.read_cr(number).value for number in (0, 4)] == [l1.cr0, l1.cr4]
 
 
 def test_cr0_cd_and_nw_are_not_loaded_from_the_vmcs(lab):
     l1 = lab.facts.l1
     lab.run("cpuid", {F.GUEST_CR0: l1.cr0 ^ 1 << 30})
-    assert lab.ask(("read_cr", 0))[0].value == l1.cr0
+    assert lab.l1.read_cr(0).value == l1.cr0
 
 
 # -- guest state -----------------------------------------------------------------------------------
@@ -200,10 +202,11 @@ def test_a_null_selector_loaded_by_l2_makes_a_segment_unusable(lab):
 
 
 def test_descriptor_tables_are_l2s_own(lab):
-    lab.memory.write(DATA, bytes(64))
-    run = lab.run("sgdt (%rbx); sidt 16(%rbx); cpuid", {F.GUEST_GDTR_LIMIT: 0x47}, {"rbx": DATA})
+    lab.write(DATA, bytes(64))
+    limit = {F.GUEST_GDTR_LIMIT: 0x47}
+    run = lab.run("sgdt (%rbx); sidt 16(%rbx); cpuid", limit, {"rbx": DATA}, reads=limit)
     assert run.reason is R.CPUID
-    assert struct.unpack("<HQ", lab.memory.read(DATA, 10)) == (0x47, GDT)
+    assert struct.unpack("<HQ", lab.read(DATA, 10)) == (0x47, GDT)
     assert run[F.GUEST_GDTR_LIMIT] == 0x47
 
 
@@ -277,9 +280,7 @@ def segment(name, selector, base, limit, rights):
 
 
 def put(lab, source, bits):
-    lab.memory.write(
-        LOW if bits == 16 else CODE, assemble(f".code{bits}\n{source}\nvmcall\n", 0).bytes
-    )
+    lab.write(LOW if bits == 16 else CODE, assemble(f".code{bits}\n{source}\nvmcall\n", 0).bytes)
 
 
 def test_an_unrestricted_guest_runs_in_real_mode(lab):
@@ -288,12 +289,12 @@ def test_an_unrestricted_guest_runs_in_real_mode(lab):
     assert (run.reason, run.failed_entry) == (R.CPUID, False)
     assert run.registers["rbx"] == 0x1234
     assert run.registers["rax"] == LOW >> 4
-    assert (run[F.GUEST_RIP], run.length) == (5, 2)
+    assert (run.rip, run.length) == (5, 2)
     assert run[F.GUEST_CR0] == 0x30
 
 
 def test_real_mode_interrupts_go_through_the_vector_table(lab):
-    lab.memory.set_u32(0x21 * 4, (LOW >> 4) << 16 | 0x40)
+    lab.write_u32(0x21 * 4, (LOW >> 4) << 16 | 0x40)
     put(lab, "int $0x21; .org 0x40; mov $7, %dx", 16)
     run = lab.run(None, real_mode(lab))
     assert (run.reason, run.registers["rdx"]) == (R.VMCALL, 7)
@@ -330,7 +331,7 @@ def test_an_unrestricted_guest_climbs_from_real_to_long_mode(lab):
         mov %cr4, %eax
         or $0x20, %eax
         mov %eax, %cr4
-        mov $0x660000, %eax
+        mov ${PML4:#x}, %eax
         mov %eax, %cr3
         mov $0xc0000080, %ecx
         rdmsr
@@ -344,7 +345,7 @@ def test_an_unrestricted_guest_climbs_from_real_to_long_mode(lab):
     3:  mov $0x1122334455667788, %rbx
         vmcall
     """
-    lab.memory.write(LOW, assemble(source, 0).bytes)
+    lab.write(LOW, assemble(source, 0).bytes)
     changes = real_mode(lab) | lab.primary(use_msr_bitmaps=1)
     changes[F.PRIMARY_CONTROLS] |= 1 << 31
     changes |= lab.on_entry(load_efer=1, ia32e_mode_guest=0) | lab.on_exit(save_efer=1)
@@ -359,9 +360,7 @@ def test_an_unrestricted_guest_climbs_from_real_to_long_mode(lab):
 
 def protected(lab, bits=32):
     """A guest with 32-bit paging by 4-MiB pages."""
-    memory = lab.memory
-    for index in range(1024):
-        memory.set_u32(PD + 4 * index, index << 22 | 0x87)
+    lab.write_u32(PD, *(index << 22 | 0x87 for index in range(1024)))
     changes = lab.on_entry(ia32e_mode_guest=0)
     changes |= {F.GUEST_CR3: PD, F.GUEST_CR4: 1 << 13 | 1 << 4 | 1 << 9}
     code = (CS32, 0, 0xFFFFFFFF, 0xC09B) if bits == 32 else (CS16, CODE, 0xFFFF, 0x009B)
@@ -376,7 +375,7 @@ def protected(lab, bits=32):
 @pytest.mark.parametrize("ept", [False, True])
 def test_a_protected_mode_guest(lab, ept, bits):
     source = "mov %cs, %eax; mov %cr3, %ebx; vmcall"
-    lab.memory.write(CODE, assemble(f".code{bits}\n{source}", 0).bytes)
+    lab.write(CODE, assemble(f".code{bits}\n{source}", 0).bytes)
     run = lab.run(None, (lab.ept() if ept else {}) | protected(lab, bits))
     assert (run.reason, run.failed_entry) == (R.VMCALL, False)
     assert run.registers["rax"] == (CS32 if bits == 32 else CS16)
@@ -384,14 +383,9 @@ def test_a_protected_mode_guest(lab, ept, bits):
 
 
 def pae(lab):
-    memory = lab.memory
-    for index in range(4):
-        memory.set_u64(PDPT + 8 * index, PD + 0x1000 * index | 1)
-        for entry in range(512):
-            memory.set_u64(PD + 0x1000 * index + 8 * entry, index << 30 | entry << 21 | 0x87)
     changes = protected(lab)
-    for index in range(512 * 4):
-        memory.set_u64(PD + 8 * index, index << 21 | 0x87)
+    lab.table(PDPT, 4, PD | 1, 0x1000)
+    lab.table(PD, 512 * 4, 0x87, 1 << 21)
     return changes | {F.GUEST_CR3: PDPT, F.GUEST_CR4: 1 << 13 | 1 << 5 | 1 << 9}
 
 
@@ -402,7 +396,7 @@ def test_a_pae_guest_and_its_pdptes(lab, ept):
     if ept:
         for index in range(4):
             changes[F.GUEST_PDPTE0 + 2 * index] = PD + 0x1000 * index | 1
-    run = lab.run(None, changes)
+    run = lab.run(None, changes, reads=[F.GUEST_PDPTE0, F.GUEST_PDPTE1])
     assert (run.reason, run.failed_entry) == (R.VMCALL, False)
     if ept:
         assert run[F.GUEST_PDPTE0] == PD | 1
@@ -412,7 +406,7 @@ def test_a_pae_guest_and_its_pdptes(lab, ept):
 def test_a_bad_pdpte_fails_the_entry(lab):
     put(lab, "nop", 32)
     changes = pae(lab)
-    lab.memory.set_u64(PDPT + 8, PD | 1 | 6)
+    lab.write_u64(PDPT + 8, PD | 1 | 6)
     run = lab.run(None, changes)
     assert run.failed_entry
     assert (run.reason, run.qualification) == (R.ENTRY_FAILURE_INVALID_GUEST_STATE, 2)
@@ -423,11 +417,11 @@ def test_a_violation_at_the_load_of_pdptes_has_no_linear_address(lab):
     changes = lab.ept() | pae(lab)
     for index in range(4):
         changes[F.GUEST_PDPTE0 + 2 * index] = PD + 0x1000 * index | 1
-    lab.memory.set_u64(EPT + 0x1000 + 8 * 3, 0)
-    lab.ask(("invept", 2))
+    lab.write_u64(EPT + 0x1000 + 8 * 3, 0)
+    lab.l1.invept(2)
     run = lab.run(None, changes)
     assert (run.reason, run.qualification) == (R.EPT_VIOLATION, 1)
-    assert (run[F.GUEST_PHYSICAL_ADDRESS], run[F.GUEST_RIP]) == (0xC0000000, CODE + 5)
+    assert (run[F.GUEST_PHYSICAL_ADDRESS], run.rip) == (0xC0000000, CODE + 5)
 
 
 def test_a_compatibility_mode_guest(lab):
@@ -442,7 +436,7 @@ def test_a_virtual_8086_guest(lab):
         changes |= segment(name, 0, 0, 0xFFFF, 0xF3)
     changes |= segment("CS", LOW >> 4, LOW, 0xFFFF, 0xF3)
     changes |= {F.GUEST_RIP: 0, F.GUEST_RSP: 0x7000}
-    lab.memory.write(LOW, assemble(".code16; mov $0x77, %bx; cpuid").bytes)
+    lab.write(LOW, assemble(".code16; mov $0x77, %bx; cpuid").bytes)
     run = lab.run(None, changes)
     assert (run.reason, run.failed_entry) == (R.CPUID, False), run.qualification
     assert run.registers["rbx"] == 0x77
@@ -454,7 +448,7 @@ def test_a_virtual_8086_guest(lab):
 
 
 def entries(lab, where, rows):
-    lab.memory.write(where, b"".join(struct.pack("<IIQ", i, r, v) for i, r, v in rows))
+    lab.write(where, b"".join(struct.pack("<IIQ", i, r, v) for i, r, v in rows))
 
 
 def test_msr_lists_are_loaded_and_stored_in_order(lab):
@@ -469,10 +463,10 @@ def test_msr_lists_are_loaded_and_stored_in_order(lab):
     source = "mov $0xc0000102, %ecx; rdmsr; mov %eax, %ebx; mov $0x444, %eax; wrmsr"
     run = lab.run(source, lists | lab.primary(use_msr_bitmaps=1))
     assert run.registers["rbx"] == 0x222
-    assert lab.memory.u64(MSR_LIST2 + 8) == 0x444
-    assert lab.memory.u64(MSR_LIST2 + 24) > 0
-    assert lab.ask(("rdmsr", KERNEL_GS))[0].value == 0x999
-    assert lab.ask(("rdmsr", LSTAR))[0].value == 0x333
+    assert lab.read_u64(MSR_LIST2 + 8) == 0x444
+    assert lab.read_u64(MSR_LIST2 + 24) > 0
+    assert lab.l1.rdmsr(KERNEL_GS).value == 0x999
+    assert lab.l1.rdmsr(LSTAR).value == 0x333
 
 
 @pytest.mark.parametrize(
@@ -492,7 +486,7 @@ def test_a_bad_entry_fails_the_entry_with_its_number(lab, position, bad):
     assert run[F.EXIT_REASON] == 1 << 31 | R.ENTRY_FAILURE_MSR_LOADING
     assert run.qualification == position
     if position == 3:
-        assert lab.ask(("rdmsr", LSTAR))[0].value == 0x5001, "those before it were loaded"
+        assert lab.l1.rdmsr(LSTAR).value == 0x5001, "those before it were loaded"
     assert lab.run("cpuid").reason is R.CPUID
 
 
@@ -507,7 +501,7 @@ def test_a_bad_entry_fails_the_entry_with_its_number(lab, position, bad):
 @pytest.mark.parametrize("address", [MSR_LIST + 1, MSR_LIST + 8, 1 << 50, NONE - 0xF])
 def test_a_bad_list_address_is_a_bad_control(lab, count, where, address):
     run = lab.run("cpuid", {count: 1, where: address})
-    assert (run.entered, run.error) == (False, 7)
+    assert (run.entered, run.result.error) == (False, 7)
     assert lab.run("cpuid", {count: 0, where: address}).reason is R.CPUID
 
 
@@ -516,7 +510,7 @@ def test_the_largest_recommended_list_is_loaded(lab):
     entries(lab, MSR_LIST, [(KERNEL_GS, 0, n) for n in range(most)])
     run = lab.run("cpuid", {F.ENTRY_MSR_LOAD_ADDRESS: MSR_LIST, F.ENTRY_MSR_LOAD_COUNT: most})
     assert run.reason is R.CPUID
-    assert lab.ask(("rdmsr", KERNEL_GS))[0].value == most - 1
+    assert lab.l1.rdmsr(KERNEL_GS).value == most - 1
 
 
 def test_a_list_beyond_the_recommended_maximum_fails_at_its_first_entry_too_many(lab):
@@ -533,7 +527,7 @@ def test_the_tsc_that_an_exit_stores_is_l1s_at_the_moment_of_the_exit(lab):
     changes |= {F.EXIT_MSR_STORE_ADDRESS: MSR_LIST, F.EXIT_MSR_STORE_COUNT: 1}
     run = lab.run("rdtsc", changes)
     guest = run.registers["rdx"] << 32 | run.registers["rax"]
-    assert 0 <= lab.memory.u64(MSR_LIST + 8) + (1 << 40) - guest < 750
+    assert 0 <= lab.read_u64(MSR_LIST + 8) + (1 << 40) - guest < 750
 
 
 @pytest.mark.parametrize("loading", [False, True])
@@ -547,7 +541,7 @@ def test_a_list_that_fails_at_an_exit_is_a_vmx_abort(loading):
     )
     with pytest.raises(AssertionError, match="VMX abort"):
         lab.run("cpuid", {where: MSR_LIST, count: 1})
-    assert lab.memory.u32(VMCS + 4) == (4 if loading else 1)
+    assert lab.read_u32(VMCS + 4) == (4 if loading else 1)
 
 
 # -- failed entries --------------------------------------------------------------------------------
@@ -579,12 +573,12 @@ BAD_CONTROLS = [
 def test_bad_controls_and_host_state_fail_the_instruction(lab, changes, error):
     run = lab.run("cpuid", changes)
     assert run.result.outcome is VmxOutcome.FAIL_VALID
-    assert run.error == error
+    assert run.result.error == error
     assert lab.resume({f: lab.fields.get(f, 0) for f in changes}).reason is R.CPUID
 
 
 def test_controls_are_checked_before_host_state(lab):
-    assert lab.run("cpuid", {F.HOST_CS_SELECTOR: 0, F.PIN_BASED_CONTROLS: 0}).error == 7
+    assert lab.run("cpuid", {F.HOST_CS_SELECTOR: 0, F.PIN_BASED_CONTROLS: 0}).result.error == 7
 
 
 BAD_GUESTS = [
@@ -614,12 +608,11 @@ BAD_GUESTS = [
 
 @pytest.mark.parametrize(("changes", "qualification"), BAD_GUESTS)
 def test_bad_guest_state_is_a_failed_entry_that_loads_host_state(lab, changes, qualification):
-    run = lab.run("cpuid", changes)
+    run = lab.run("cpuid", changes, reads=list(changes))
     assert run[F.EXIT_REASON] == 1 << 31 | R.ENTRY_FAILURE_INVALID_GUEST_STATE
     assert run.qualification == qualification
     for field, value in changes.items():
-        if field in run.fields:
-            assert run[field] == value, "guest state is not saved"
+        assert run[field] == value, "guest state is not saved"
     assert run[F.ENTRY_INTERRUPTION_INFORMATION] == changes.get(F.ENTRY_INTERRUPTION_INFORMATION, 0)
     good = {f: lab.fields.get(f, 0) for f in changes}
     assert lab.resume(good).reason is R.CPUID
@@ -629,7 +622,7 @@ def test_l1_is_whole_after_a_failed_entry(lab):
     registers = {"rbx": 0x1111, "r15": 0x2222, "rax": 0x3333}
     run = lab.run("cpuid", {F.GUEST_RFLAGS: 0}, registers)
     assert {name: run.registers[name] for name in registers} == registers
-    assert lab.ask(("read_cr", 4))[0].value == lab.facts.l1.cr4
+    assert lab.l1.read_cr(4).value == lab.facts.l1.cr4
 
 
 def test_exit_information_is_not_touched_by_a_failed_instruction(lab):
@@ -643,12 +636,12 @@ def test_exit_information_is_not_touched_by_a_failed_instruction(lab):
 
 def shadowing(lab, *, link=SHADOW, revision=None, marked=True):
     base = int(lab.vcpu.model.vmx.basic.revision) if revision is None else revision
-    lab.memory.set_u32(SHADOW, base | marked << 31)
-    for page in (0x618000, 0x619000):
-        lab.memory.write(page, bytes(4096))
+    lab.write_u32(SHADOW, base | marked << 31)
+    lab.fill(READ_BITMAP, 0x1000)
+    lab.fill(WRITE_BITMAP, 0x1000)
     changes = lab.secondary(vmcs_shadowing=1)
     return changes | {
-        F.VMREAD_BITMAP_ADDRESS: 0x618000, F.VMWRITE_BITMAP_ADDRESS: 0x619000,
+        F.VMREAD_BITMAP_ADDRESS: READ_BITMAP, F.VMWRITE_BITMAP_ADDRESS: WRITE_BITMAP,
         F.VMCS_LINK_POINTER: link,
     }  # fmt: skip
 
@@ -660,9 +653,10 @@ def test_l2_reads_and_writes_the_shadow_vmcs(lab):
     run = lab.run(source, changes, {"rcx": field, "rbx": 0x7788, "rax": 0})
     assert run.reason is R.VMCALL
     assert (run.registers["rdx"], run.registers["rax"] & 0xFFFF) == (0x7788, 0)
-    lab.ask(("vmclear", SHADOW), ("vmptrld", SHADOW))
-    value, launch = lab.ask(("vmread", field), ("vmlaunch",))
-    lab.ask(("vmptrld", VMCS))
+    lab.l1.vmclear(SHADOW)
+    lab.l1.vmptrld(SHADOW)
+    value, launch = lab.l1.vmread(field), lab.l1.vmlaunch()
+    lab.l1.vmptrld(VMCS)
     assert value.value.value == 0x7788
     assert launch.value.outcome is VmxOutcome.FAIL_INVALID, "a shadow VMCS cannot be entered"
 
@@ -670,8 +664,8 @@ def test_l2_reads_and_writes_the_shadow_vmcs(lab):
 @pytest.mark.parametrize("write", [False, True])
 def test_the_bitmaps_choose_what_exits(lab, write):
     changes = shadowing(lab)
-    bitmap = 0x619000 if write else 0x618000
-    lab.memory.write(bitmap + F.GUEST_RIP // 8, bytes([1 << F.GUEST_RIP % 8]))
+    bitmap = WRITE_BITMAP if write else READ_BITMAP
+    lab.write(bitmap + F.GUEST_RIP // 8, bytes([1 << F.GUEST_RIP % 8]))
     source = "vmwrite %rbx, %rcx" if write else "vmread %rcx, %rbx"
     run = lab.run(source, changes, {"rcx": F.GUEST_RIP})
     assert run.reason is (R.VMWRITE if write else R.VMREAD)
@@ -724,18 +718,18 @@ def test_activity_state_hlt_waits_for_an_event(lab):
 
 def test_a_vpid_must_not_be_0(lab):
     vpid = lab.secondary(enable_vpid=1)
-    assert lab.run("cpuid", vpid | {F.VPID: 0}).error == 7
+    assert lab.run("cpuid", vpid | {F.VPID: 0}).result.error == 7
     assert lab.run("cpuid", vpid | {F.VPID: 1}).reason is R.CPUID
 
 
 def test_translations_of_one_vpid_are_not_seen_by_another(lab):
     """L2 changes a table without INVLPG, and another L2 with its own VPID sees the new one."""
-    pages = lab.pages()
+    pages = {F.GUEST_CR3: lab.pages()}
     vpid = lab.secondary(enable_vpid=1)
-    lab.memory.write(DATA, b"first...")
-    lab.memory.write(DATA + 0x1000, b"second..")
+    lab.write(DATA, b"first...")
+    lab.write(DATA + 0x1000, b"second..")
     run = lab.run("mov (%rbx), %rax", pages | vpid | {F.VPID: 1}, {"rbx": DATA})
     assert run.registers["rax"].to_bytes(8, "little") == b"first..."
-    lab.memory.set_u64(lab.pte(DATA), DATA + 0x1000 | 7)
-    run = lab.run("mov (%rbx), %rax", vpid | {F.GUEST_CR3: 0x660000, F.VPID: 2}, {"rbx": DATA})
+    lab.write_u64(lab.pte(DATA), DATA + 0x1000 | 7)
+    run = lab.run("mov (%rbx), %rax", pages | vpid | {F.VPID: 2}, {"rbx": DATA})
     assert run.registers["rax"].to_bytes(8, "little") == b"second.."
