@@ -19,6 +19,7 @@ from undervisor.lab.cache import Cache
 from undervisor.lab.plan import Plan
 from undervisor.lab.progress import SILENT, Progress
 from undervisor.lab.sources import Sources
+from undervisor.targets.kvm.archive import agent
 
 FORMAT: Final = "2"
 """Changes with what this module writes, so that an older image is not taken for a new one."""
@@ -26,6 +27,8 @@ MODULES: Final = ("kvm-amd", "kvm-intel", "cpuid", "msr", "virtio_pci", "virtio_
                   "virtio_console", "virtio_blk")  # fmt: skip
 _FOLDERS: Final = ("dev", "lab", "proc", "root", "run", "sys", "tmp")
 _INIT: Final = "init.sh"
+_INIT_AGENT: Final = "init-agent.sh"
+_AGENT: Final = "lab/agent.pyz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,22 @@ def _write(place: Path, depth: int, found: Sources, extra: Iterable[Path]) -> No
     """The image of L1, with all others in it; Python goes to L1 only."""
     parts = [level_image(found, level_images(found, depth)), *(p.read_bytes() for p in extra)]
     place.write_bytes(joined(parts))
+
+
+def with_agent(found: Sources, cache: Cache, progress: Progress = SILENT) -> Images:
+    """A Linux with nothing inside, whose init starts the agent of the `kvm` target on its line."""
+    extra = python.interpreter(cache, progress)
+    over = Archive()
+    over.file("init", files("undervisor.lab").joinpath(_INIT_AGENT).read_bytes(), program=True)
+    over.file(_AGENT, agent())
+    parts = [level_image(found, b""), extra.read_bytes(), over.finish()]
+    data = joined(parts)
+    name = f"initramfs-agent-{hashlib.sha256(data).hexdigest()[:16]}.cpio"
+    return Images(found.kernel, cache.entry(name, lambda place: _put(place, data)))
+
+
+def _put(place: Path, data: bytes) -> None:
+    place.write_bytes(data)
 
 
 def level_images(found: Sources, depth: int) -> bytes:

@@ -72,6 +72,12 @@ def archives(cache: Cache, progress: Progress = SILENT) -> tuple[Path, Path]:
         )
 
 
+def interpreter(cache: Cache, progress: Progress = SILENT) -> Path:
+    """The interpreter with its standard library alone."""
+    with progress.working("making Python for L1"):
+        return _archive(cache, "interpreter", _standard(), with_interpreter=True)
+
+
 def _archive(cache: Cache, name: str, members: Files, *, with_interpreter: bool) -> Path:
     sum_ = hashlib.sha256(sys.version.encode())
     for path, source in sorted(members.items()):

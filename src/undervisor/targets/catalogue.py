@@ -55,6 +55,12 @@ ROWS: Final[dict[str, Row]] = {
         "LabTarget",
         ("host",),
     ),
+    "linux": Row(
+        "the KVM of a Linux on the built-in L0: kvm_intel without hardware",
+        "undervisor.lab.linux",
+        "LinuxTarget",
+        ("intel",),
+    ),
 }
 
 

@@ -8,10 +8,11 @@ from undervisor.arch.vmx.controls import InterruptionType as Type
 from undervisor.arch.vmx.controls import PrimaryControls
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.conformance.expect import each, equal
+from undervisor.conformance.expect import each, equal, true
+from undervisor.conformance.places import CS64, DS
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.vmx.events import NMI, VIRTUAL_NMIS
-from undervisor.conformance.vmx.lab import Changes, VmxLab
+from undervisor.conformance.vmx.lab import EPT_LEAF, Changes, VmxLab
 from undervisor.conformance.vmx.needs import EPT, control
 
 MTF: Final = control(PrimaryControls, "monitor_trap_flag")
@@ -178,6 +179,52 @@ def an_ept_violation_of_iret_tells_that_it_unblocked_nmis(lab: VmxLab) -> None:
     run = lab.run("mov DATA, %rax", changes | {F.GUEST_INTERRUPTIBILITY_STATE: NMI})
     run.exits_with(ExitReason.EPT_VIOLATION)
     equal("bit 12 of another instruction", run.qualification >> 12 & 1, 0)
+
+
+@guest_test("SDM: Information About NMI Unblocking Due to IRET", "SDM: Virtual NMIs",
+            needs=[EPT, VIRTUAL_NMIS])  # fmt: skip
+def an_iret_that_runs_again_unblocks_nmis(lab: VmxLab) -> None:
+    """IRET whose stack was missing runs again, with NMIs blocked by L1, and unblocks them."""
+    changes = lab.pin(lab.ept(12), nmi_exiting=1, virtual_nmis=1)
+    frame, where = lab.places.data + 0x100, lab.nested_entry(lab.places.data)
+    code = f"mov ${frame:#x}, %esp; iretq; 1: nop"
+    behind = lab.places.code + len(lab.assemble(code)) - 1
+    lab.write_u64(frame, behind, CS64, 2, frame + 0x80, DS)
+    lab.write_u64(where, 0)
+    run = lab.run(code, changes | {F.GUEST_INTERRUPTIBILITY_STATE: NMI})
+    run.exits_with(ExitReason.EPT_VIOLATION)
+    lab.write_u64(where, lab.places.data | EPT_LEAF)
+    run = lab.resume({F.GUEST_INTERRUPTIBILITY_STATE: NMI})
+    run.exits_with(ExitReason.VMCALL)
+    true("RIP is behind IRET", run.rip > behind, run.describe())
+    equal("blocking by NMI behind IRET", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, 0)
+
+
+@guest_test("SDM: Information About NMI Unblocking Due to IRET", "SDM: EPT Violations",
+            needs=[EPT, VIRTUAL_NMIS])  # fmt: skip
+def a_fault_of_what_iret_went_to_is_not_irets(lab: VmxLab) -> None:
+    """Where the fetch behind IRET faults, IRET has completed: bit 12 is 0, and NMIs are unblocked.
+
+    So it is for an EPT violation, and for a page fault that exits.
+    """
+    begin = lab.pin(lab.ept(12), nmi_exiting=1, virtual_nmis=1)
+    begin |= {F.GUEST_CR3: lab.pages(), F.GUEST_INTERRUPTIBILITY_STATE: NMI}
+    begin |= {F.EXCEPTION_BITMAP: 1 << 14}
+    frame, target = lab.places.data + 0x100, lab.places.free
+    lab.write_u64(frame, target, CS64, 2, frame + 0x80, DS)
+    code = f"mov ${frame:#x}, %esp; iretq"
+    lab.write_u64(lab.nested_entry(target), 0)
+    run = lab.run(code, begin)
+    run.exits_with(ExitReason.EPT_VIOLATION)
+    equal("RIP", run.rip, target)
+    equal("bit 12 of the qualification", run.qualification >> 12 & 1, 0)
+    equal("blocking by NMI", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, 0)
+    lab.write_u64(lab.nested_entry(target), target | EPT_LEAF)
+    lab.write_u64(lab.pte(target), 0)
+    run = lab.run(code, begin)
+    run.exits_with_exception(14, 0)
+    equal("bit 12 of the information", run[F.EXIT_INTERRUPTION_INFORMATION] >> 12 & 1, 0)
+    equal("blocking by NMI", run[F.GUEST_INTERRUPTIBILITY_STATE] & NMI, 0)
 
 
 # -- what an exit says of an event ---------------------------------------------------------------

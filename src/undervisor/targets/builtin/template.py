@@ -29,8 +29,8 @@ from undervisor.targets.builtin import forks
 from undervisor.targets.builtin.machine import build, how_it_ended
 
 PIECE: Final = 1 << 16
-PROMPT_TIME: Final = 10.0
-"""Seconds that a template's guest has to come to its prompt."""
+PROMPT_TIME: Final = 300.0
+"""Seconds that a template's guest has to come to its prompt: a Linux takes some."""
 _GRACE: Final = 5.0
 _LOOK: Final = 0.001
 _GOES_ON: Final = frozenset({Ending.STOPPED, Ending.TIMEOUT})
@@ -68,14 +68,12 @@ class Wire:
         A guest that looks again and again has nothing else to do: this waits a little, so that
         machines which wait for their user leave the processors to him.
         """
-        if self._socket is None:
-            return self._at_prompt() if self._said else b""
-        return self._take(self._socket, _LOOK)
+        return self.wait(_LOOK)
 
     def wait(self, seconds: float | None = None) -> bytes:
         """Input, waiting for it; empty where none came."""
         if self._socket is None:
-            return self._at_prompt()
+            return self._at_prompt() if self._said else b""
         return self._take(self._socket, seconds)
 
     def _at_prompt(self) -> bytes:

@@ -27,6 +27,8 @@ from undervisor.targets.kvm.device import Calls, Kernel, facts
 from undervisor.targets.kvm.session import serve
 from undervisor.targets.kvm.words import VERSION, Word, answer, end_words, refusal, say
 
+READY: Final = b"agent\n"
+"""What a terminal line brings when the agent listens to it."""
 GRACE: Final = 2.0
 """Seconds in which a machine that is stopped must say its last words."""
 _READ: Final = 1 << 16
@@ -187,6 +189,7 @@ def streams(path: str) -> Peer:
         import tty
 
         tty.setraw(number)
+        os.write(number, READY)  # what came before the line was raw is lost
     return Peer(number, number)
 
 

@@ -153,7 +153,9 @@ def _end_step(vcpu: Vcpu, nested: NestedVmx, fields: dict[int, int], reason: Exi
 
     SDM 3C "Information About NMI Unblocking Due to IRET".
     """
-    unblocked, nested.iret_unblocked = nested.iret_unblocked, False
+    step = vcpu.step
+    at_iret = step is not None and vcpu.state.rip == step.rip  # not at what IRET went to
+    unblocked, nested.iret_unblocked = nested.iret_unblocked and at_iret, False
     vcpu.cancel_step()
     nested.trap_pending = False
     if not unblocked or vcpu.exit.event:
