@@ -139,3 +139,21 @@ def test_cr2_is_the_guests_own_across_a_stop():
     result = run("mov eax, 0x1234; mov cr2, rax; cpuid; mov rbx, cr2", machine=machine)
     assert result.rbx == 0x1234
     assert result.vcpu.state.cr2 == 0x1234
+
+
+def test_what_a_busy_guest_has_printed_is_seen():
+    class Ended:
+        open = True
+
+        def poll(self):
+            return b""
+
+        def wait(self, seconds=None):
+            if machine.output:
+                machine.request_stop()
+            return b""
+
+    machine = build(source=Ended())
+    code = "mov edx, 0x3f9; mov al, 1; out dx, al; dec edx; mov al, '$'; out dx, al; 1: jmp 1b"
+    result = run(code, machine=machine, timeout=30)
+    assert (result.outcome.ending, result.output) == (Ending.STOPPED, b"$")

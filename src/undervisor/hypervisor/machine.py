@@ -546,7 +546,7 @@ class Machine:
         return self._random.getrandbits(64)
 
     def look_outside(self) -> None:
-        """At the end of each slice, and every so many exits: input, and the time limit."""
+        """At the end of each slice, and every so many exits: output, input, and the time limit."""
         self.platform.take_input(0)
         if self._outcome is None and time.monotonic() > self._wall_limit:
             self._end(_timed_out())

@@ -131,10 +131,9 @@ class Platform:
 
     def take_input(self, seconds: float | None = None) -> bool:
         """Wait, at most so long, for input that interrupts; whether some came."""
+        self.flush()  # who is to answer must have read the question
         if self._source is None or not self.serial.can_interrupt_for_input:
             return False
-        if seconds != 0:
-            self.flush()
         data = self._source.wait(seconds) if self._source.open else b""
         if data:
             self.serial.feed(data)
@@ -152,7 +151,7 @@ class Platform:
         self.fw_cfg.set_command_line(text)
 
     def flush(self) -> None:
-        """Hand all buffered output to its sinks: at the end, and when every processor idles."""
+        """Hand all buffered output to its sinks: now and then, and when every processor idles."""
         self.serial.flush()
         if self.console:
             self.console.flush()
