@@ -34,6 +34,7 @@ from undervisor.hypervisor.quirks import named as quirks_named
 from undervisor.hypervisor.trace import NO_TRACE, Tracer
 from undervisor.hypervisor.vcpu import Activity, Vcpu
 from undervisor.hypervisor.verdict import (
+    RESUME,
     SWITCHED,
     Ending,
     Halt,
@@ -61,6 +62,7 @@ SLICE_BLOCKS: Final = 20_000
 LONGEST_SLICE: Final = 2_000_000
 _FOREVER: Final = 1 << 62
 _SECOND: Final = 1_000_000_000
+_OF_A_FETCH: Final = (ExitCode.NPF, ExitCode.EXCP_PF)
 _EXITS_BETWEEN_LOOKS: Final = 61  # at the host's clock; a prime, as guests' exits come in rhythms
 
 ROM: Final = ((0xC0000, 0x100000),)
@@ -109,7 +111,7 @@ class Machine:
         self._armings = 0
         self._wall_limit = 1.0 * _FOREVER
         self._outcome: Outcome | None = None
-        self._look = False
+        self._look = self._looks_first = False
         self._suspended: Suspended | None = None
         self._step_blocks = 0
         self._stepping = False
@@ -233,7 +235,12 @@ class Machine:
         exit = vcpu.exit
         exit.code = code
         exit.event = exit.take_event() if code in DURING_DELIVERY else 0
-        verdict = self._traced(vcpu, exit) if self.tracer.wants else self._decide(vcpu, exit)
+        if self._looks_first and self._is_too_early(exit):
+            verdict: Verdict = RESUME
+        elif self.tracer.wants:
+            verdict = self._traced(vcpu, exit)
+        else:
+            verdict = self._decide(vcpu, exit)
         if verdict.__class__ is Resume and verdict.advance:
             action = vcpu.advance(verdict.advance)
         elif verdict is SWITCHED:
@@ -257,9 +264,17 @@ class Machine:
             if action == LEAVE:
                 return self._suspend(RUN_ON)
         # What else waits is looked at before the first instruction of a delivered event's handler.
-        at_once = action != RUN_ON and self.current.attention
-        self.processor.set_budget(0 if at_once else self._budget())
+        self._looks_first = action != RUN_ON and self.current.attention
+        self.processor.set_budget(0 if self._looks_first else self._budget())
         return action
+
+    def _is_too_early(self, exit: Exit) -> bool:
+        """Whether a handler's first fetch faulted, before which something must be looked at.
+
+        The budget ends at the handler's block; a fault of its fetch comes earlier, and will again.
+        """
+        self._looks_first = False
+        return exit.code in _OF_A_FETCH and not exit.event
 
     def _traced(self, vcpu: Vcpu, exit: Exit) -> Verdict:
         before = self.tracer.before(vcpu, exit)

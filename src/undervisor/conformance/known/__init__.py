@@ -12,10 +12,11 @@ from undervisor.conformance.known.bochs_svm import DEFECTS as BOCHS_SVM
 from undervisor.conformance.known.bochs_vmx import DEFECTS as BOCHS_VMX
 from undervisor.conformance.known.defect import Known
 from undervisor.conformance.known.lab import DEFECTS as LAB
+from undervisor.conformance.known.linux import DEFECTS as LINUX
 from undervisor.conformance.known.qemu import DEFECTS as QEMU
 from undervisor.conformance.runner import Result
 
-KNOWN: Final[tuple[Known, ...]] = (*QEMU, *BOCHS_SVM, *BOCHS_VMX, *LAB)
+KNOWN: Final[tuple[Known, ...]] = (*QEMU, *BOCHS_SVM, *BOCHS_VMX, *LAB, *LINUX)
 
 
 def explain(result: Result) -> Known | None:

@@ -67,6 +67,33 @@ def an_event_that_is_delivered_is_followed_by_the_exit(lab: VmxLab) -> None:
     equal("RIP behind the fault", run.rip, lab.stub(6))
 
 
+@guest_test("SDM: Monitor Trap Flag", "SDM: EPT Violations", needs=[MTF, EPT])
+def the_exit_behind_a_delivery_comes_before_the_handlers_fetch(lab: VmxLab) -> None:
+    """Behind an injected event the exit comes before the first fetch of a handler that is absent.
+
+    That fetch is an EPT violation when L2 goes on, and a page fault that exits where L2's own
+    tables have no page.
+    """
+    trap = lab.primary(lab.ept(12), monitor_trap_flag=1) | {F.GUEST_CR3: lab.pages()}
+    trap |= {F.EXCEPTION_BITMAP: 1 << 14}
+    injected = {F.ENTRY_INTERRUPTION_INFORMATION: VALID | Type.HARDWARE_EXCEPTION << 8 | 6}
+    handler = lab.stub(6)
+    off = lab.primary(trap, monitor_trap_flag=0)[F.PRIMARY_CONTROLS]
+    for entry in (lab.nested_entry(handler), lab.pte(handler)):
+        there = lab.read_u64(entry)
+        lab.write_u64(entry, 0)
+        run = lab.run("nop", trap | injected)
+        run.exits_with(TRAP)
+        equal("RIP behind the injection", run.rip, handler)
+        run = lab.resume({F.PRIMARY_CONTROLS: off, F.ENTRY_INTERRUPTION_INFORMATION: 0})
+        if entry == lab.pte(handler):
+            run.exits_with_exception(14, 0)
+        else:
+            run.exits_with(ExitReason.EPT_VIOLATION)
+        equal("RIP of the fetch", run.rip, handler)
+        lab.write_u64(entry, there)
+
+
 @guest_test("SDM: Monitor Trap Flag", needs=[MTF])
 def a_repeated_string_is_followed_by_the_exit_at_each_iteration(lab: VmxLab) -> None:
     """With REP each iteration is followed by an exit: RCX counts, RIP stays until the last."""

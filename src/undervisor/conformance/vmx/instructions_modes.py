@@ -30,6 +30,8 @@ INVALIDATIONS: Final = {
 MEMORY: Final = ("vmclear (%rbx)", "vmptrld (%rbx)", "vmptrst (%rbx)", "vmread %rax, (%rbx)",
                  "vmwrite (%rbx), %rax")  # fmt: skip
 NOT_CANONICAL: Final = 1 << 62
+ALL_CONTEXTS: Final = 2
+"""The type of INVEPT and INVVPID that concerns everything."""
 UNMAPPED: Final = 1 << 33
 """Beyond the 4 GiB that the probe maps."""
 USER_CODE: Final = USER + 0x100000
@@ -133,13 +135,15 @@ def every_instruction_is_undefined_in_compatibility_mode(lab: VmxLab) -> None:
 def a_memory_operand_faults_like_any_other(lab: VmxLab) -> None:
     """A memory operand that is not canonical causes #GP(0), one that is not mapped #PF.
 
-    Neither changes what is current.
+    Neither changes what is current.  The type of INVEPT and INVVPID is looked at first, and is one
+    that the processor has.
     """
     texts = [*MEMORY, *(t for t in _instructions(lab) if t.startswith("inv"))]
+    operands = {t: ALL_CONTEXTS if t.startswith("inv") else F.GUEST_RSP for t in texts}
     with lab.batch() as batch:
-        wild = {t: batch.call(lab.assemble(t), {"rbx": NOT_CANONICAL, "rax": F.GUEST_RSP})
+        wild = {t: batch.call(lab.assemble(t), {"rbx": NOT_CANONICAL, "rax": operands[t]})
                 for t in texts}  # fmt: skip
-        absent = {t: batch.call(lab.assemble(t), {"rbx": UNMAPPED, "rax": F.GUEST_RSP})
+        absent = {t: batch.call(lab.assemble(t), {"rbx": UNMAPPED, "rax": operands[t]})
                   for t in texts}  # fmt: skip
         pointer = batch.vmptrst()
     each("the exception of a non-canonical operand", _vectors(wild), Vector.GP)
