@@ -274,7 +274,11 @@ class Machine:
         The budget ends at the handler's block; a fault of its fetch comes earlier, and will again.
         """
         self._looks_first = False
-        return exit.code in _OF_A_FETCH and not exit.event
+        if exit.code not in _OF_A_FETCH or exit.event:
+            return False
+        self._exits -= 1  # it did not happen, and took no time
+        self.processor.uncount_blocks(EXIT_NS // BLOCK_NS)
+        return True
 
     def _traced(self, vcpu: Vcpu, exit: Exit) -> Verdict:
         before = self.tracer.before(vcpu, exit)
