@@ -56,4 +56,4 @@ KERNELS = {
 }
 
 if __name__ == "__main__":
-    main([], KERNELS[sys.argv[1]]())
+    main(sys.argv[2:], KERNELS[sys.argv[1]]())

@@ -357,3 +357,25 @@ def test_each_source_in_the_file_has_its_bytecode(tmp_path):
     assert names - sources == {f"{name}c" for name in sources}
     assert "undervisor/targets/kvm/agent.py" in sources
     assert all((SOURCE / name).exists() for name in sources)
+
+
+def test_on_a_terminal_line_it_says_when_the_line_is_raw():
+    ours, theirs = os.openpty()
+    path = os.ttyname(theirs)
+    process = subprocess.Popen([*command("says"), path], start_new_session=True)
+    try:
+        said = b""
+        while not said.endswith(agent_module.READY):
+            said += os.read(ours, 1)
+        assert said == agent_module.READY
+        os.write(ours, say(Word.OPEN, 0))
+        facts = b""
+        while b'"version"' not in facts:  # a line that is not raw would show the question first
+            facts += os.read(ours, 4096)
+        assert facts[:4] == say(Word.OPEN, 0)[:4]
+        assert facts[:12] != say(Word.OPEN, 0)[:12]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.close(ours)
+        os.close(theirs)
