@@ -94,7 +94,7 @@ DEFECTS: Final = (
         "that the violation is L1's keeps two bits of the qualification, 8 and 7.",
     ),
     _defect(
-        r"vmx.events.hlt_is_an_activity_state_that_entry_loads",
+        r"vmx.events.hlt_is_an_activity_state_that_entry_loads|vmx.timers.the_timer_wakes_from_hlt",
         "KVM saves the activity state as active when an event ends HLT.",
         'SDM, "Saving Non-Register State": the state before the exit is saved. The vCPU of Linux '
         "6.1 has become runnable before the nested exit is made, and sync_vmcs02_to_vmcs12 takes "
