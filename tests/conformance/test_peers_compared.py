@@ -16,7 +16,10 @@ PEERS = [
     pytest.param("bochs", "intel", marks=pytest.mark.bochs, id="bochs, VMX"),
     pytest.param("bochs", "amd", marks=pytest.mark.bochs, id="bochs, SVM"),
 ]
-LAB = pytest.param("lab", "host", marks=[pytest.mark.qemu, pytest.mark.deep], id="lab")
+LINUX = [
+    pytest.param("lab", "host", marks=[pytest.mark.qemu, pytest.mark.deep], id="lab"),
+    pytest.param("linux", "intel", marks=pytest.mark.deep, id="linux"),
+]
 FEW = {
     "qemu (amd)": {
         "svm.exits_io.an_io_exit_names_the_next_instruction",
@@ -45,6 +48,13 @@ FEW = {
         "svm.instructions.vmmcall_in_l2_without_its_intercept_is_undefined",
         "svm.events_virtual.lowering_cr8_lets_a_virtual_interrupt_in",
     },
+    "linux (intel)": {
+        "vmx.exits.cpuid_always_exits",
+        "vmx.controls_addresses.cr3_just_past_the_width_is_refused",
+        "vmx.entry_modes.outside_ia32e_mode_efer_has_lma_0_and_lme_0_under_paging",
+        "vmx.timers.the_multiplier_scales_before_the_offset",
+        "vmx.processors.each_processor_runs_its_own_l2_at_once[2 processors]",
+    },
 }
 """Tests with different verdicts, for every run."""
 HANGS = 2.0
@@ -64,7 +74,7 @@ def on(record, target):
 
 def test_they_are_compared_by_the_command_that_the_page_names(record):
     columns = list(record.versions)
-    assert columns == ["builtin", "qemu", "bochs", "lab"]
+    assert columns == ["builtin", "qemu", "bochs", "lab", "linux"]
     assert all(record.versions.values())
     words = " ".join(f"--on {column}" for column in columns)
     assert record.command == f"undervisor test {words} --pages docs/compared"
@@ -108,7 +118,7 @@ def compared(target, expected):
     }
 
 
-@pytest.mark.parametrize(("name", "cpu"), [*PEERS, LAB])
+@pytest.mark.parametrize(("name", "cpu"), [*PEERS, *LINUX])
 def test_a_peer_does_with_a_few_tests_what_the_record_says(record, name, cpu):
     target = catalogue.named(name, cpu)
     recorded = on(record, target.name)

@@ -21,8 +21,8 @@ def version_of(name: str) -> str:
     """What a target says of its version; empty where it says nothing."""
     if name == "builtin":
         return f"undervisor {__version__}"
-    if name == "lab":
-        return _lab()
+    if name in ("lab", "linux"):
+        return _kernel(name)
     if name not in _VERSIONS:
         return ""
     command, pattern = _VERSIONS[name]
@@ -36,8 +36,8 @@ def version_of(name: str) -> str:
     return f"{name} {found[1]}" if found else ""
 
 
-def _lab() -> str:
-    """The kernel of a lab's L1, and what that runs on."""
+def _kernel(name: str) -> str:
+    """The kernel of a lab's L1, or of the target `linux`, and what it runs on."""
     from undervisor.lab.cache import Cache
     from undervisor.lab.machines import TCG, accelerator
     from undervisor.lab.plan import Plan
@@ -48,5 +48,8 @@ def _lab() -> str:
         kernel = sources(plan, Cache()).kernel
     except BadInput:
         return ""
-    below = version_of("qemu") if accelerator(plan) == TCG else "hardware"
+    if name == "linux":
+        below = version_of("builtin")
+    else:
+        below = version_of("qemu") if accelerator(plan) == TCG else "hardware"
     return f"Linux {version(kernel.read_bytes(), kernel.name)} on {below}"
