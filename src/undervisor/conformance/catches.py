@@ -46,6 +46,30 @@ CATCHES: Final[dict[str, tuple[Catch, ...]]] = {
     "vmx-host-state-unchecked": (
         Catch("vmx.entry_checks.bad_host_state_is_error_8", "the error of"),
     ),
+    "vmx-reserved-rights-unchecked": (
+        Catch("vmx.entry_checks.bad_guest_state_is_failure_33", "with: 1 of"),
+    ),
+    "vmx-hlt-state-unchecked": (
+        Catch("vmx.entry_checks.bad_guest_state_is_failure_33", "gave no answer in"),
+    ),
+    "vmx-link-pointer-current": (
+        Catch(
+            "vmx.entry_checks.a_bad_link_pointer_is_failure_33_with_qualification_4",
+            "must be the VM-entry failure",
+        ),
+    ),
+    "vmx-lme-cleared": (
+        Catch(
+            "vmx.entry_modes.outside_ia32e_mode_efer_has_lma_0_and_lme_0_under_paging",
+            "no paging: 0, must be 0x100",
+        ),
+    ),
+    "vmx-posted-needs-outstanding": (
+        Catch(
+            "vmx.apic_posted.requests_are_taken_though_no_notification_is_outstanding",
+            "must be L2's handler of vector 134",
+        ),
+    ),
     "vmx-privilege-unchecked": (
         Catch(
             "vmx.instructions_modes.every_instruction_faults_above_cpl_0_in_root_operation",
@@ -133,6 +157,9 @@ CATCHES: Final[dict[str, tuple[Catch, ...]]] = {
         Catch(
             "vmx.events_injection.a_gp_of_the_delivery_exits_with_the_event", "external interrupt"
         ),
+    ),
+    "vmx-int1-vectoring-lost": (
+        Catch("vmx.events_injection.a_gp_of_the_delivery_exits_with_the_event", "INT1: the IDT"),
     ),
     "vmx-interrupt-shadow-lost": (
         Catch(

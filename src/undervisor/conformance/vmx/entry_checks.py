@@ -162,7 +162,7 @@ def _bad_guests(lab: VmxLab) -> dict[str, Changes]:
     }  # fmt: skip
 
 
-@guest_test("SDM: Checks on the Guest State Area")
+@guest_test("SDM: Checks on the Guest State Area", seconds=5)
 def bad_guest_state_is_failure_33(lab: VmxLab) -> None:
     """Each of these guest states, valid but in one point, is failure 33 with qualification 0."""
     cases = _bad_guests(lab)

@@ -13,14 +13,19 @@ from undervisor.arch.vmx.checks import (
     check_vm_entry,
 )
 from undervisor.arch.vmx.checks.declare import State
-from undervisor.arch.vmx.controls import PrimaryControls, SecondaryControls
+from undervisor.arch.vmx.controls import (
+    InterruptionType,
+    PrimaryControls,
+    SecondaryControls,
+)
 from undervisor.arch.vmx.ept import Translation
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.registers import Cr4
+from undervisor.arch.x86.registers import Cr4, Efer
 from undervisor.hypervisor.nested import INIT_BLOCKED
 from undervisor.hypervisor.nested.vmx import (
     controls,
+    entry,
     events,
     exit,
     instructions,
@@ -28,6 +33,7 @@ from undervisor.hypervisor.nested.vmx import (
     paging,
     permissions,
     timers,
+    virtual_interrupts,
 )
 from undervisor.hypervisor.quirks.quirk import Quirk, Step, replace, replace_methods
 from undervisor.silicon.world import ExitCode
@@ -40,6 +46,10 @@ if TYPE_CHECKING:
 _SHADOWS: Final = 3  # blocking by STI and by MOV SS
 _LINEAR: Final = 0x180  # linear address valid, and whether it is the final access
 _PAGE_1G: Final = 30
+
+
+_POSTED_FLAGS: Final = 32  # behind the requests of a posted-interrupt descriptor
+_SEGMENTS: Final = ("cs", "ss", "ds", "es", "fs", "gs", "ldtr", "tr")
 
 
 # -- what the processor says --------------------------------------------------------------------
@@ -72,6 +82,18 @@ def _with_width(model: CpuModel, difference: int) -> CpuModel:
 
 
 # -- entry --------------------------------------------------------------------------------------
+
+
+def _clear_lme(machine: Machine) -> None:
+    def quirky(original: Step) -> Step:
+        def efer(vcpu: Any, nested: Any, fields: Any) -> Any:
+            value = original(vcpu, nested, fields)
+            chosen = nested.loads_efer or nested.ia32e_mode_guest
+            return value if chosen else value & ~Efer.lme
+
+        return efer
+
+    replace(machine, entry, "guest_efer", quirky)
 
 
 class _Lenient(EntryChecker):
@@ -267,6 +289,31 @@ def _lose_vectoring(machine: Machine) -> None:
     replace(machine, exit, "record_vectoring", quirky)
 
 
+def _lose_privileged_vectoring(machine: Machine) -> None:
+    def quirky(original: Step) -> Step:
+        def record(vcpu: Any, nested: Any, fields: Any) -> None:
+            original(vcpu, nested, fields)
+            kind = fields[F.IDT_VECTORING_INFORMATION] >> 8 & 7
+            if kind == InterruptionType.PRIVILEGED_SOFTWARE_EXCEPTION:
+                fields[F.IDT_VECTORING_INFORMATION] = 0
+
+        return record
+
+    replace(machine, exit, "record_vectoring", quirky)
+
+
+def _need_outstanding(machine: Machine) -> None:
+    def quirky(original: Step) -> Step:
+        def take(vcpu: Any, nested: Any) -> None:
+            flags = nested.fields[F.POSTED_INTERRUPT_DESCRIPTOR_ADDRESS] + _POSTED_FLAGS
+            if vcpu.memory.u32(flags) & 1:
+                original(vcpu, nested)
+
+        return take
+
+    replace(machine, virtual_interrupts, "take_posted", quirky)
+
+
 def _lose_shadow(machine: Machine) -> None:
     def quirky(original: Step) -> Step:
         def save(vcpu: Any, nested: Any, vmcs: Any) -> None:
@@ -326,6 +373,38 @@ QUIRKS: Final = (
         "VM entry does not check the host-state area",
         "a missing check of a host field ends in a crash of L1 at the next exit",
         lambda machine: _without_rules(machine, "vmx.host."),
+    ),
+    Quirk(
+        "vmx-reserved-rights-unchecked",
+        "reserved bits of a segment's access rights do not fail VM entry",
+        "KVM of Linux 6.1 drops them at VMWRITE",
+        lambda machine: _without_rules(machine, *(f"vmx.guest.{s}.reserved-" for s in _SEGMENTS)),
+    ),
+    Quirk(
+        "vmx-hlt-state-unchecked",
+        "VM entry into HLT does not look at SS.DPL, blocking, or the event",
+        "KVM of Linux 6.1: L2 halts for ever",
+        lambda machine: _without_rules(
+            machine, *(f"vmx.guest.activity.{name}" for name in ("hlt-", "blocking"))
+        ),
+    ),
+    Quirk(
+        "vmx-link-pointer-current",
+        "the VMCS link pointer may be the current-VMCS pointer",
+        "KVM of Linux 6.1",
+        lambda machine: _without_rules(machine, "vmx.guest.link.current"),
+    ),
+    Quirk(
+        "vmx-lme-cleared",
+        "an entry outside IA-32e mode clears EFER.LME without paging too",
+        "KVM of Linux 6.1",
+        _clear_lme,
+    ),
+    Quirk(
+        "vmx-posted-needs-outstanding",
+        "the notification vector is ignored where the outstanding-notification bit is 0",
+        "KVM of Linux 6.1",
+        _need_outstanding,
     ),
     Quirk(
         "vmx-privilege-unchecked",
@@ -422,6 +501,12 @@ QUIRKS: Final = (
         "a VM exit during the delivery of an event does not say which event",
         "interrupts of L2 that vanish when their delivery faults",
         _lose_vectoring,
+    ),
+    Quirk(
+        "vmx-int1-vectoring-lost",
+        "a VM exit during the delivery of INT1 does not say which event",
+        "KVM of Linux 6.1 loses INT1 when it interrupts the delivery itself",
+        _lose_privileged_vectoring,
     ),
     Quirk(
         "vmx-interrupt-shadow-lost",
