@@ -54,10 +54,10 @@ DEFECTS: Final = (
     _defect(
         r"vmx.controls_addresses.cr3_just_past_the_width_is_refused",
         "KVM ends the whole machine, L1 too, when L2's tables are where no memory is.",
-        "The vCPU stops with KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV: the delivery "
-        "of L2's page fault meets an EPT misconfiguration, which KVM has put there for what is no "
-        "memory, and __vmx_handle_exit of Linux 6.1 does not expect that exit in a delivery. "
-        "An L2 so ends its L1.",
+        'SDM, "Information for VM Exits That Occur During Event Delivery": an EPT misconfiguration '
+        "is one of them. The delivery of L2's page fault meets one, which KVM has put where no "
+        "memory is; __vmx_handle_exit of Linux 6.1 does not expect that exit in a delivery and "
+        "stops the vCPU with KVM_INTERNAL_ERROR_DELIVERY_EV. An L2 so ends its L1.",
     ),
     # -- events ------------------------------------------------------------------------------------
     _defect(
