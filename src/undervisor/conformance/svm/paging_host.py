@@ -7,10 +7,10 @@ from typing import Final
 from undervisor.arch.svm.exits import ExitCode, NestedPageFaultInfo
 from undervisor.arch.svm.vmcb import VmcbField as F
 from undervisor.arch.x86.events import Vector
-from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import Cr0, Cr4, Efer
-from undervisor.conformance import first_mebibyte
+from undervisor.arch.x86.registers import Cr0, Cr4
+from undervisor.conformance import first_mebibyte, legacy_host
 from undervisor.conformance.expect import each, equal, true
+from undervisor.conformance.legacy_host import pae_tables, two_level_tables
 from undervisor.conformance.suite import guest_test
 from undervisor.conformance.svm import modes
 from undervisor.conformance.svm.lab import SvmLab
@@ -28,31 +28,16 @@ def from_legacy_mode(lab: SvmLab, changes: dict[F, int], cr3: int, cr4: int) -> 
 
     L1 is back in long mode afterwards; its code and its stack are mapped identically in both.
     """
-    places, l1 = lab.places, lab.facts.l1
-    at = places.free + 0xF0000
-    off, on = ~int(Cr0.pg) & 0xFFFFFFFF, int(Cr0.pg)
-    efer = f"mov ${int(Msr.EFER):#x}, %ecx; rdmsr"
-    code = f"""
-        .code32
-        mov %cr0, %eax; and ${off:#x}, %eax; mov %eax, %cr0
-        {efer}; and ${~int(Efer.lme) & 0xFFFFFFFF:#x}, %eax; wrmsr
-        mov ${cr4:#x}, %eax; mov %eax, %cr4; mov ${cr3:#x}, %eax; mov %eax, %cr3
-        mov %cr0, %eax; or ${on:#x}, %eax; mov %eax, %cr0
-        mov ${places.control:#x}, %eax
+    at = lab.places.free + 0xF0000
+    body = f"""
+        mov ${lab.places.control:#x}, %eax
         vmrun %eax
         mov %cr0, %esi; mov %cr3, %edi; mov %cr4, %ebp
-        mov %cr0, %eax; and ${off:#x}, %eax; mov %eax, %cr0
-        mov ${l1.cr4:#x}, %eax; mov %eax, %cr4; mov ${l1.cr3:#x}, %eax; mov %eax, %cr3
-        {efer}; or ${int(Efer.lme):#x}, %eax; wrmsr
-        mov %cr0, %eax; or ${on:#x}, %eax; mov %eax, %cr0
-        ljmp $8, ${at + 0x800}
     """
-    lab.write(at, lab.assemble(code, at))
-    lab.write(at + 0x800, lab.assemble("stgi; ret"))
+    legacy_host.place(lab, lab.facts.l1, at, body, cr3, cr4, behind="stgi")
     with lab.batch() as batch:
         lab.plan_launch(batch, bytes(lab.area(changes)))
-        out = ["rsi", "rdi", "rbp"]
-        ran = batch.call(lab.assemble("push $0x18; push %rbx; lretq"), {"rbx": at}, out)
+        ran = batch.call(lab.assemble(legacy_host.CALL), {"rbx": at}, ["rsi", "rdi", "rbp"])
         run = lab.plan_reading(batch)
     equal("CR0.PG of the host after the exit", bool(ran.value["rsi"] & Cr0.pg), True)
     equal("the host's CR3 and CR4 after the exit", (ran.value["rdi"], ran.value["rbp"]), (cr3, cr4))
@@ -66,19 +51,6 @@ def nested_pages_reach_the_first_mebibyte(lab: SvmLab, shift: int) -> None:
     first_mebibyte.is_l1s(lab, lambda code, registers: lab.run(code, begin, registers))
 
 
-def _pae_tables(lab: SvmLab, pointers: int, directories: int) -> None:
-    """Four PDPTEs and four directories of 2-MiB pages, identity, for all privileges."""
-    lab.write_u64(pointers, *((directories + 0x1000 * n) | 1 for n in range(4)))
-    lab.table(directories, 2048, 0x87, 1 << 21)
-
-
-def _two_level(lab: SvmLab, directory: int) -> None:
-    """A directory of 4-MiB pages, identity, for all privileges."""
-    code = "1: mov %eax, (%rdi); add %edx, %eax; add $4, %rdi; loop 1b"
-    registers = {"rdi": directory, "rcx": 1024, "rax": 0x87, "rdx": 1 << 22}
-    _ = lab.call(code, registers, []).value
-
-
 def _l2(lab: SvmLab) -> dict[F, int]:
     """A 32-bit L2 without paging that copies a doubleword at `places.data`."""
     lab.code(f".code32\nmov {lab.places.data:#x}, %eax; mov %eax, {lab.places.data + 4:#x}")
@@ -89,8 +61,8 @@ def _l2(lab: SvmLab) -> dict[F, int]:
 def a_host_with_pae_paging_has_pae_nested_tables(lab: SvmLab) -> None:
     """VMRUN under PAE paging walks the nested tables from four PDPTEs at N_CR3."""
     own, nested = lab.places.free, lab.places.nested
-    _pae_tables(lab, own, own + 0x1000)
-    _pae_tables(lab, nested, nested + 0x1000)
+    pae_tables(lab, own, own + 0x1000)
+    pae_tables(lab, nested, nested + 0x1000)
     begin = _l2(lab) | {F.N_CR3: nested}
     lab.write_u32(lab.places.data, 0x1234, 0)
     from_legacy_mode(lab, begin, own, int(Cr4.pae)).ends()
@@ -105,10 +77,10 @@ def a_host_with_pae_paging_has_pae_nested_tables(lab: SvmLab) -> None:
 def pae_nested_tables_are_aligned_by_32_bytes(lab: SvmLab) -> None:
     """Under PAE paging N_CR3 names a 32-byte table by bits 31:5; bits 4:0 are no address."""
     own, nested = lab.places.free, lab.places.nested
-    _pae_tables(lab, own, own + 0x1000)
+    pae_tables(lab, own, own + 0x1000)
     # The last 32 bytes of a page; behind it is what a walk from a wrong address would find.
     pointers = nested + 0xFE0
-    _pae_tables(lab, pointers, nested + 0x2000)
+    pae_tables(lab, pointers, nested + 0x2000)
     lab.fill(nested + 0x1000, 0x1000)
     got = {}
     for low in (0, 8, 0x10, 0x18, 0x1F):
@@ -124,8 +96,8 @@ def pae_nested_tables_are_aligned_by_32_bytes(lab: SvmLab) -> None:
 def a_host_with_two_level_paging_has_two_level_nested_tables(lab: SvmLab) -> None:
     """VMRUN under 32-bit paging walks two levels; with host CR4.PSE pages may be of 4 MiB."""
     own, nested = lab.places.free, lab.places.nested
-    _two_level(lab, own)
-    _two_level(lab, nested)
+    two_level_tables(lab, own)
+    two_level_tables(lab, nested)
     begin = _l2(lab) | {F.N_CR3: nested}
     lab.write_u32(lab.places.data, 0x4321, 0)
     from_legacy_mode(lab, begin, own, int(Cr4.pse)).ends()
@@ -139,7 +111,7 @@ def a_host_with_two_level_paging_has_two_level_nested_tables(lab: SvmLab) -> Non
 def a_host_with_pae_paging_runs_an_l2_without_nested_paging(lab: SvmLab) -> None:
     """A 32-bit host runs a 64-bit L2 and is back in its own mode after the exit."""
     own = lab.places.free
-    _pae_tables(lab, own, own + 0x1000)
+    pae_tables(lab, own, own + 0x1000)
     lab.code("mov $0x123456789, %rax; mov %rax, DATA")
     from_legacy_mode(lab, {}, own, int(Cr4.pae)).ends()
     equal("what L2 wrote", lab.read_u64(lab.places.data), 0x123456789)
@@ -163,7 +135,7 @@ def nested_paging_needs_a_host_with_paging(lab: SvmLab) -> None:
     begin = modes.protected(lab) | lab.npt()
     with lab.batch() as batch:
         lab.plan_launch(batch, bytes(lab.area(begin)))
-        ran = batch.call(lab.assemble("push $0x18; push %rbx; lretq"), {"rbx": at}, [])
+        ran = batch.call(lab.assemble(legacy_host.CALL), {"rbx": at}, [])
         run = lab.plan_reading(batch)
     _ = ran.value
     run.is_invalid()

@@ -9,8 +9,8 @@ from typing import Final
 
 from undervisor.arch.vmx.exits import ExitReason
 from undervisor.arch.vmx.fields import VmcsField as F
-from undervisor.arch.x86.msr import Msr
-from undervisor.arch.x86.registers import DR7_FIXED_ONE, RFLAGS_FIXED_ONE, Cr0, Cr4, Efer
+from undervisor.arch.x86.registers import DR7_FIXED_ONE, RFLAGS_FIXED_ONE, Cr4, Efer
+from undervisor.conformance import legacy_host
 from undervisor.conformance.expect import Broken, each, equal
 from undervisor.conformance.places import CS32
 from undervisor.conformance.suite import guest_test
@@ -18,7 +18,8 @@ from undervisor.conformance.vmx import entry_modes
 from undervisor.conformance.vmx.lab import EXIT_FIELDS, SAVED, Changes, VmxLab
 
 HOST_STATE: Final = "SDM: Loading Host State"
-LARGE: Final = 0x83
+LANDED: Final = 0x400
+"""Where behind the routine's beginning host RIP is."""
 LONG: Final = int(Efer.lme | Efer.lma)
 NOWHERE: Final = 0xFFFFFFFF
 """What the routine leaves in a result that it did not get to."""
@@ -45,50 +46,30 @@ def from_legacy_mode(lab: VmxLab, begin: Changes, cr3: int, cr4: int) -> Host:
     CR0.PG cannot be cleared in VMX operation, so the way leads out of it and in again, on both
     sides.  L1's code and stack are mapped identically in all its modes.
     """
-    places, l1 = lab.places, lab.facts.l1
+    places = lab.places
     at, results, stack = places.free + 0xF0000, places.free + 0xF1000, places.free + 0xF2000
-    landed, cr4 = at + 0x400, cr4 | int(Cr4.vmxe)
+    cr4 |= int(Cr4.vmxe)
     host = lab.on_exit(begin, host_address_space_size=0) | {
-        F.HOST_CR3: cr3, F.HOST_CR4: cr4, F.HOST_RIP: landed, F.HOST_RSP: stack,
+        F.HOST_CR3: cr3, F.HOST_CR4: cr4, F.HOST_RIP: at + LANDED, F.HOST_RSP: stack,
         F.HOST_CS_SELECTOR: CS32,
     }  # fmt: skip
-    paging_off = f"mov %cr0, %eax; and ${~int(Cr0.pg) & 0xFFFFFFFF:#x}, %eax; mov %eax, %cr0"
-    paging_on = f"mov %cr0, %eax; or ${int(Cr0.pg):#x}, %eax; mov %eax, %cr0"
-    efer = f"mov ${int(Msr.EFER):#x}, %ecx; rdmsr"
-    enter = f"""
-        .code32
-        {paging_off}
-        {efer}; and ${~int(Efer.lme) & 0xFFFFFFFF:#x}, %eax; wrmsr
-        mov ${cr4:#x}, %eax; mov %eax, %cr4; mov ${cr3:#x}, %eax; mov %eax, %cr3
-        {paging_on}
+    body = f"""
         mov %esp, {results + 0x40:#x}
         vmxon {results + 0x48:#x}
         vmptrld {results + 0x50:#x}
         vmlaunch
-        mov ${at + 0x600:#x}, %eax; jmp *%eax
-    """
-    behind = f"""
-        .code32
+        jmp 1f
+        .org {LANDED:#x}
         pushf; pop %eax; mov %eax, {results + 0x14:#x}; mov %esp, {results + 0x10:#x}
         mov %cr0, %eax; mov %eax, {results:#x}; mov %cr3, %eax; mov %eax, {results + 4:#x}
         mov %cr4, %eax; mov %eax, {results + 8:#x}
-        {efer}; mov %eax, {results + 12:#x}
+        {legacy_host.READ_EFER}; mov %eax, {results + 12:#x}
         mov %dr7, %eax; mov %eax, {results + 0x18:#x}; mov %cs, %eax; mov %eax, {results + 0x1C:#x}
-        mov ${at + 0x600:#x}, %eax; jmp *%eax
-    """
-    back = f"""
-        .code32
-        mov {results + 0x40:#x}, %esp
+    1:  mov {results + 0x40:#x}, %esp
         vmclear {results + 0x50:#x}
         vmxoff
-        {paging_off}
-        mov ${l1.cr4:#x}, %eax; mov %eax, %cr4; mov ${l1.cr3:#x}, %eax; mov %eax, %cr3
-        {efer}; or ${int(Efer.lme):#x}, %eax; wrmsr
-        {paging_on}
-        ljmp $8, ${at + 0x800}
     """
-    for where, text in ((at, enter), (landed, behind), (at + 0x600, back), (at + 0x800, "ret")):
-        lab.write(where, lab.assemble(text, where))
+    legacy_host.place(lab, lab.facts.l1, at, body, cr3, cr4)
     lab.write_u32(results, *[NOWHERE] * 8)
     lab.write_u64(results + 0x48, places.region, places.control)
     wanted = [f for f in (*EXIT_FIELDS, *SAVED) if f in lab.known]
@@ -96,7 +77,7 @@ def from_legacy_mode(lab: VmxLab, begin: Changes, cr3: int, cr4: int) -> Host:
         writes = lab.plan_launch(batch, host)
         batch.vmclear(places.control)
         batch.vmxoff()
-        ran = batch.call(lab.assemble("push $0x18; push %rbx; lretq"), {"rbx": at}, [])
+        ran = batch.call(lab.assemble(legacy_host.CALL), {"rbx": at}, [])
         batch.vmxon(places.region)
         batch.vmptrld(places.control)
         fields = batch.vmreads(wanted, places.scratch)
@@ -112,18 +93,15 @@ def from_legacy_mode(lab: VmxLab, begin: Changes, cr3: int, cr4: int) -> Host:
 
 
 def _two_levels(lab: VmxLab) -> tuple[int, int]:
-    """CR3 and CR4 of a host with 32-bit paging, identity, by pages of 4 MiB."""
-    directory, step = lab.places.nested, 0x800000
-    lab.table(directory, 512, LARGE | (0x400000 | LARGE) << 32, step | step << 32)
-    return directory, int(Cr4.pse)
+    """CR3 and CR4 of a host with 32-bit paging."""
+    legacy_host.two_level_tables(lab, lab.places.nested)
+    return lab.places.nested, int(Cr4.pse)
 
 
 def _pae(lab: VmxLab) -> tuple[int, int]:
-    """CR3 and CR4 of a host with PAE paging, identity, by pages of 2 MiB."""
-    pointers, directories = lab.places.nested, lab.places.nested + 0x1000
-    lab.write_u64(pointers, *((directories + 0x1000 * n) | 1 for n in range(4)))
-    lab.table(directories, 2048, LARGE, 1 << 21)
-    return pointers, int(Cr4.pae)
+    """CR3 and CR4 of a host with PAE paging."""
+    legacy_host.pae_tables(lab, lab.places.nested, lab.places.nested + 0x1000)
+    return lab.places.nested, int(Cr4.pae)
 
 
 HOSTS: Final[dict[str, Callable[[VmxLab], tuple[int, int]]]] = {
@@ -168,7 +146,7 @@ def a_host_with_pae_paging_uses_the_pointers_of_the_moment(lab: VmxLab) -> None:
     cr3, cr4 = _pae(lab)
     begin = entry_modes.pae(lab)
     spare = lab.places.nested2
-    lab.table(spare, 512, LARGE, 1 << 21)
+    lab.table(spare, 512, legacy_host.LARGE, 1 << 21)
     lab.write_u32(lab.places.data, 0x4321)
     lab.code(f".code32\nmovl ${spare | 1:#x}, {cr3:#x}")  # the first GiB's
     found = from_legacy_mode(lab, begin, cr3, cr4)
