@@ -132,9 +132,9 @@ class Platform:
     def take_input(self, seconds: float | None = None) -> bool:
         """Wait, at most so long, for input that interrupts; whether some came."""
         self.flush()  # who is to answer must have read the question
-        if self._source is None or not self.serial.can_interrupt_for_input:
+        if self._source is None or not self.expects_input:
             return False
-        data = self._source.wait(seconds) if self._source.open else b""
+        data = self._source.wait(seconds)
         if data:
             self.serial.feed(data)
         return bool(data)

@@ -54,20 +54,13 @@ def _write(place: Path, depth: int, found: Sources, extra: Iterable[Path]) -> No
     place.write_bytes(joined(parts))
 
 
-def with_agent(found: Sources, cache: Cache, progress: Progress = SILENT) -> Images:
+def with_agent(found: Sources, cache: Cache, progress: Progress = SILENT) -> bytes:
     """A Linux with nothing inside, whose init starts the agent of the `kvm` target on its line."""
-    extra = python.interpreter(cache, progress)
     over = Archive()
     over.file("init", files("undervisor.lab").joinpath(_INIT_AGENT).read_bytes(), program=True)
     over.file(_AGENT, agent())
-    parts = [level_image(found, b""), extra.read_bytes(), over.finish()]
-    data = joined(parts)
-    name = f"initramfs-agent-{hashlib.sha256(data).hexdigest()[:16]}.cpio"
-    return Images(found.kernel, cache.entry(name, lambda place: _put(place, data)))
-
-
-def _put(place: Path, data: bytes) -> None:
-    place.write_bytes(data)
+    interpreter = python.interpreter(cache, progress).read_bytes()
+    return joined([level_image(found, b""), interpreter, over.finish()])
 
 
 def level_images(found: Sources, depth: int) -> bytes:

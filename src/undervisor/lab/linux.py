@@ -20,16 +20,15 @@ from undervisor.lab import images
 from undervisor.lab.cache import Cache
 from undervisor.lab.plan import Plan
 from undervisor.lab.sources import sources
+from undervisor.lab.target import MOST_CPUS
 from undervisor.targets import Abilities, Job
-from undervisor.targets.bridge import BridgeRunning, abilities, begin
+from undervisor.targets.bridge import BridgeRunning, abilities, begin, check_cpus
 from undervisor.targets.builtin import BuiltinRunning, BuiltinTarget
 from undervisor.targets.kvm.link import Link
 
 PATIENCE: Final = 3.0
 """Times the built-in L0's: KVM itself runs on it."""
 MEMORY: Final = 768 << 20
-MOST_CPUS: Final = 4
-"""Of a machine.  More wait for each other so long on L1's processor that no test ends in time."""
 COMMAND_LINE: Final = "console=ttyS0 quiet"
 END_TIME: Final = 2.0
 """Seconds to learn how L1 ended that has closed its line."""
@@ -43,7 +42,10 @@ class LinuxTarget:
         self.name = f"linux ({cpu})"
         self._l0 = BuiltinTarget(cpu)
         if not self._l0.abilities.vendors:
-            raise BadInput(f"the CPU model {cpu} has neither VMX nor SVM")
+            raise BadInput(
+                f"the CPU model {cpu} has neither VMX nor SVM, so no KVM runs on it",
+                hint="--cpu intel or amd, or one of their variants with the extension on",
+            )
         self._lock = threading.Lock()
         self._linux: Job | None = None
         self._abilities: Abilities | None = None
@@ -66,9 +68,7 @@ class LinuxTarget:
         with contextlib.ExitStack() as stack:
             linux = stack.enter_context(self._l0.start(self._job()))
             link = Link(_Line(linux))
-            most = link.open().most_cpus
-            if not 1 <= job.cpus <= most:
-                raise BadInput(f"{job.cpus} processors: this KVM can have 1 to {most}")
+            check_cpus(job, link.open())
             begin(link, 1, job)
             stack.pop_all()
         return LinuxRunning(link, linux)
@@ -78,9 +78,9 @@ class LinuxTarget:
         with self._lock:
             if self._linux is None:
                 cache = Cache()
-                made = images.with_agent(sources(Plan(), cache), cache)
-                disk = Module("initramfs", made.initramfs.read_bytes())
-                kernel = Image.parse(made.kernel.read_bytes(), made.kernel.name)
+                found = sources(Plan(), cache)
+                disk = Module("initramfs", images.with_agent(found, cache))
+                kernel = Image.parse(found.kernel.read_bytes(), found.kernel.name)
                 self._linux = Job(kernel, 1, MEMORY, COMMAND_LINE, (disk,), prompt=True)
             return self._linux
 

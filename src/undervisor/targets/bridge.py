@@ -161,6 +161,12 @@ class BridgeRunning:
         self.stop()
 
 
+def check_cpus(job: Job, facts: Facts) -> None:
+    """BadInput where a KVM cannot have as many processors."""
+    if not 1 <= job.cpus <= facts.most_cpus:
+        raise BadInput(f"{job.cpus} processors: this KVM can have 1 to {facts.most_cpus}")
+
+
 def begin(link: Link, number: int, job: Job, interrupt_every: float = 0.0) -> BridgeRunning:
     """Start `job` as the agent's job `number`; BadInput where it does not fit, or none is there."""
     placement = job.place()
@@ -231,9 +237,7 @@ class BridgeTarget:
 
     def start(self, job: Job) -> BridgeRunning:
         """Start an image there; the machine before it is ended where it still runs."""
-        most = self.facts.most_cpus
-        if not 1 <= job.cpus <= most:
-            raise BadInput(f"{job.cpus} processors: this KVM can have 1 to {most}")
+        check_cpus(job, self.facts)
         if self._running is not None:
             self._running.stop()
         self._number += 1

@@ -16,7 +16,7 @@ from typing import Final
 
 from undervisor.errors import BadInput
 from undervisor.targets import Abilities, Job
-from undervisor.targets.bridge import BridgeRunning, abilities, begin
+from undervisor.targets.bridge import BridgeRunning, abilities, begin, check_cpus
 from undervisor.targets.kvm.device import Facts, Kernel, facts
 from undervisor.targets.kvm.link import Link
 
@@ -130,9 +130,7 @@ class KvmTarget:
             )
         try:
             link = Link(SocketStream(ours))
-            most = link.open().most_cpus
-            if not 1 <= job.cpus <= most:
-                raise BadInput(f"{job.cpus} processors: this KVM can have 1 to {most}")
+            check_cpus(job, link.open())
             begin(link, 1, job, self.interrupt_every)
         except BaseException:
             end_agent(process, ours)
