@@ -7,11 +7,13 @@ import conformance_targets as machines
 import pytest
 from conformance_targets import Misbehaving
 
-from undervisor.conformance import suite
+from undervisor.conformance import runner, suite
 from undervisor.conformance.expect import Broken, Lacking
+from undervisor.conformance.prelude import Earlier, TestsProbe
 from undervisor.conformance.runner import Verdict, run_all, run_test
 from undervisor.conformance.suite import GuestTest, Need
 from undervisor.errors import BadInput
+from undervisor.guest.probe.client import Batch
 from undervisor.targets import End, How
 from undervisor.targets.builtin import BuiltinTarget
 
@@ -245,3 +247,36 @@ class TestDeclarations:
     def test_a_test_without_a_claim_is_refused(self):
         with pytest.raises(TypeError, match="names its sections"):
             suite.guest_test("SDM: X")(type(self).test_a_test_without_a_claim_is_refused)
+
+
+class TestTheLabsOfCopies:
+    """The third test on a target of copies begins where the second one's lab was on."""
+
+    @pytest.mark.parametrize(
+        ("cpu", "vendor", "code"), [("intel", "vmx", "vmcall"), ("amd", "svm", "vmmcall")]
+    )
+    def test_are_on_at_once_and_like_the_first(self, cpu, vendor, code):
+        target, earlier, sent = BuiltinTarget(cpu), Earlier(), []
+
+        def looks(lab):
+            sent.append(len(lab.probe.sent) - len(earlier.preludes.get(vendor, b"")))
+            lab.run(f"mov $5, %ebx; {code}").ends()
+
+        test = GuestTest(f"{vendor}.here.it", vendor, "here", "t", ("r",), looks)
+        results = [run_test(test, target, earlier) for _ in range(4)]
+        assert [(r.verdict, r.message) for r in results] == [(Verdict.PASSED, "")] * 4
+        assert sent[0] > 0
+        assert sent[1:] == [0, 0, 0]
+
+    def test_that_ask_for_something_else_are_an_error(self):
+        target, earlier = BuiltinTarget("intel"), Earlier()
+        for _ in range(2):
+            assert run_test(made(nothing), target, earlier).verdict is Verdict.PASSED
+        prelude = earlier.preludes["vmx"]
+        with target.start(runner._job(1, prelude)) as running:
+            probe = TestsProbe(running, time.monotonic() + 20, prelude)
+            probe.wait_for_hello()
+            other = Batch()
+            other.fill(0x600000, 8)
+            with pytest.raises(AssertionError, match="asks for other things"):
+                probe.run(other)

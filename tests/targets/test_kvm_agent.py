@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -366,11 +367,13 @@ def test_on_a_terminal_line_it_says_when_the_line_is_raw():
     try:
         said = b""
         while not said.endswith(agent_module.READY):
+            assert select.select([ours], [], [], 20)[0], f"only {said!r}"
             said += os.read(ours, 1)
         assert said == agent_module.READY
         os.write(ours, say(Word.OPEN, 0))
         facts = b""
         while b'"version"' not in facts:  # a line that is not raw would show the question first
+            assert select.select([ours], [], [], 20)[0], f"only {facts!r}"
             facts += os.read(ours, 4096)
         assert facts[:4] == say(Word.OPEN, 0)[:4]
         assert facts[:12] != say(Word.OPEN, 0)[:12]
